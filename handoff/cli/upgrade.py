@@ -1,0 +1,138 @@
+"""`handoff upgrade`: asks for an upgrade, shows its steps, tells how it went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Final
+
+import click
+
+from handoff.cli.output import Exit, say, tell
+from handoff.core.errors import HandoffError, NotRunning
+from handoff.core.messages import Kind, Message
+from handoff.core.record import Record, Step
+from handoff.runtime.client import PATIENCE, Client, Ended, successors
+
+_TICK: Final = 0.1  # seconds between two redraws of the moving line
+_ORDER: Final = (Step.SPAWN, Step.ADOPT, Step.READY, Step.CUTOVER, Step.PROBATION, Step.COMMIT, Step.DRAIN)
+
+
+_SECONDS: Final = click.FloatRange(min=0, max=1e9)
+
+
+@click.command(name="upgrade")
+@click.argument("name")
+@click.argument("new_command", nargs=-1, type=click.UNPROCESSED, metavar="[-- NEW COMMAND ...]")
+@click.option(
+    "--wait",
+    type=click.Choice(["cutover", "commit", "exit"]),
+    default="commit",
+    show_default=True,
+    help="Return when the new generation accepts, when it is committed, or when the old one has drained.",
+)
+@click.option("--timeout", type=_SECONDS, metavar="S", help="How long the new program may take to be ready.")
+@click.option("--probation", type=_SECONDS, metavar="S", help="How long it is watched before it is committed.")
+@click.option(
+    "--drain-timeout", type=_SECONDS, metavar="S", help="How long the old one may take to finish its connections."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the record of the upgrade as JSON.")
+@click.pass_obj
+def command(runtime_dir: str | None, /, name: str, wait: str, as_json: bool, **options: Any) -> int:
+    """Replace the running generation of NAME by a new one, and tell how it went.
+
+    Without NEW COMMAND the new generation is started as the running one was. The times default to those of the
+    service. Ctrl-C ends the upgrade, a second one leaves it to itself.
+    """
+    new_command = options.pop("new_command")
+    with Client(name, runtime_dir) as client:
+        state = client.state()
+        client.send(Kind.UPGRADE, command=list(new_command) or None, wait=wait, **options)
+        patience = _patience(state["deadlines"], options, wait)
+        waiting = _Waiting(client, patience)
+        try:
+            record = waiting.record()
+        except Ended:
+            record = _who_carries_on(name, runtime_dir, state["generation"])
+        except KeyboardInterrupt:
+            say(f"{name}: left; the upgrade goes on, and `handoff status {name}` tells how it went")
+            return Exit.LEFT
+        finally:
+            waiting.clear()
+    if record is None:
+        say(f"{name}: no outcome in {patience:g} s; `handoff status {name}` tells how it goes on")
+        return Exit.TIMED_OUT
+    return tell(record, as_json=as_json)
+
+
+def _patience(deadlines: dict[str, float], options: dict[str, float | None], wait: str) -> float:
+    """How long the service itself takes at most, by its own deadlines, before it tells an outcome."""
+    given = {"ready": options["timeout"], "probation": options["probation"], "drain": options["drain_timeout"]}
+    limits = deadlines | {key: value for key, value in given.items() if value is not None}
+    steps = limits["ready"] + limits["adopt"] + limits["probation"] + 4 * limits["answer"]
+    return steps + (limits["drain"] if wait == "exit" else 0.0) + PATIENCE
+
+
+class _Waiting:
+    """Shows the steps as they happen, and turns the first Ctrl-C into a request to end the upgrade."""
+
+    def __init__(self, client: Client, patience: float) -> None:
+        self._client = client
+        self._until = time.monotonic() + patience
+        self._began = time.monotonic()
+        self._last: Step | None = None
+        self._moving = sys.stderr.isatty()
+        self._ending = False
+
+    def record(self) -> Record | None:
+        """Wait for the outcome; None when none comes in time."""
+        while (left := self._until - time.monotonic()) > 0:
+            self._draw()
+            try:
+                message = self._client.receive(min(left, _TICK) if self._moving else left)
+            except KeyboardInterrupt:
+                self._end()
+                continue
+            if message and message.kind is Kind.RESULT:
+                return Record.from_json(message["record"])
+            if message:
+                self._show(message)
+        return None
+
+    def clear(self) -> None:
+        """Remove the moving line."""
+        if self._moving:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+    def _end(self) -> None:
+        if self._ending:
+            raise KeyboardInterrupt
+        self._ending = True
+        self.clear()
+        accepts = self._last in (Step.CUTOVER, Step.PROBATION)
+        click.echo("ending the upgrade; Ctrl-C again leaves it to itself", err=True)
+        self._client.send(Kind.ROLLBACK if accepts else Kind.ABORT)
+
+    def _show(self, message: Message) -> None:
+        if message.kind is not Kind.STEP:
+            return
+        self.clear()
+        click.echo(f"  {message['step']:<10}{message['seconds']:8.3f} s", err=True)
+        self._last = Step(message["step"]) if message["step"] in set(Step) else self._last
+
+    def _draw(self) -> None:
+        if self._moving:
+            following = _ORDER[_ORDER.index(self._last) + 1 :] if self._last in _ORDER else _ORDER
+            step = following[0].value if following else "exit"
+            click.echo(f"\r\x1b[K  {step:<10}{time.monotonic() - self._began:8.1f} s ...", nl=False, err=True)
+
+
+def _who_carries_on(name: str, runtime_dir: str | None, old: int) -> Record | None:
+    """The old generation has ended in the middle: the new one answers as soon as it is in charge."""
+    for generation in successors(name, runtime_dir, old):
+        try:
+            with Client(name, runtime_dir, generation=generation) as client:
+                return Record.from_json(client.state()["upgrade"])
+        except (HandoffError, KeyError):
+            continue
+    raise NotRunning(name, f"its runtime directory: generation {old} ended during the upgrade, and no other one serves")

@@ -1,0 +1,1 @@
+"""What Linux does, one module a facility. Imports the types of `core` only."""

@@ -1,0 +1,136 @@
+"""Starting the new program, and knowing whether a process lives (pidfd_open(2), PIDFD_GET_INFO)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from handoff.core.errors import CannotSpawn
+
+if TYPE_CHECKING:
+    import subprocess
+
+# The program's parent until it has called: a shell waits for it and ends as it ended. Neither fork() in this process,
+# which may have threads and gigabytes, nor a bare Python (7 ms against 1) would do better. It is no child of ours
+# afterwards, so that a service manager sees its end. The trap lets TERM to the group end the program, not the shell.
+_PARENT: Final = 'trap : HUP INT TERM; "$@"; exit $?'
+_PIDFD_GET_INFO: Final = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), linux/pidfd.h, Linux 6.13
+_PIDFD_INFO_EXIT: Final = 1 << 3  # since Linux 6.15
+
+
+@attrs.define
+class Program:
+    """A program that was started; owns its parent shell and the shell's pidfd until `release`."""
+
+    shell: subprocess.Popen[bytes] = attrs.field(repr=False)
+    pidfd: int  # readable once the program has ended
+    group: int  # process group, and session, of the program and its children
+
+    def status(self) -> int | None:
+        """How it ended, as `subprocess` tells it (negative: a signal); None while it runs. Does not block."""
+        code = self.shell.poll()
+        return code if code is None or code <= 128 else 128 - code
+
+    def terminate(self) -> None:
+        """Send TERM to the whole group."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send KILL to the whole group."""
+        self._signal(signal.SIGKILL)
+
+    def release(self) -> None:
+        """Let go of the program: its parent is now init, or the service manager. Blocks for a millisecond."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        self.shell.kill()
+        self.shell.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        # While the shell is not reaped, or somebody of the group lives, the group's number is taken.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.group, number)
+
+
+def own_command() -> list[str]:
+    """The command that started this process, its interpreter as it was called, symlinks unresolved."""
+    first, *rest = sys.orig_argv
+    return [first if "/" in first else sys.executable or first, *rest]
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], stderr: int) -> Program:
+    """Start a program in a session of its own; it inherits 0, 1 and, as 2, the borrowed `stderr`: nothing else.
+
+    Blocks for the few milliseconds that vfork and exec take. Raises CannotSpawn.
+    """
+    import subprocess  # 4 ms at import, needed at an upgrade only
+
+    if not command or not shutil.which(command[0], path=environment.get("PATH", os.defpath)):
+        raise CannotSpawn(command[0] if command else "nothing", "no such command, or it may not be executed")
+    try:
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", _PARENT, "handoff", *command], env=environment, stderr=stderr, start_new_session=True
+        )
+    except OSError as error:
+        raise CannotSpawn(command[0], f"{error.strerror} ({error.filename or 'fork'})") from None
+    try:
+        return Program(shell, os.pidfd_open(shell.pid), shell.pid)
+    except OSError as error:
+        shell.kill()
+        shell.wait()
+        raise CannotSpawn(command[0], str(error.strerror)) from None
+
+
+def is_dead(pidfd: int) -> bool:
+    """Whether the process has ended (it may be a zombie)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def exit_status(pidfd: int) -> int | None:
+    """How a process ended that need not be a child (negative: a signal); None where the kernel doesn't tell.
+
+    The kernel knows once the process was reaped, which for an orphan follows its end at once.
+    """
+    buffer = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT).ljust(64, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
+    except OSError:
+        return None
+    mask, code = struct.unpack_from("Q", buffer)[0], struct.unpack_from("i", buffer, 60)[0]
+    if not mask & _PIDFD_INFO_EXIT:
+        return None
+    return os.waitstatus_to_exitcode(code)
+
+
+def kill_group(pidfd: int, pid: int, group: int | None) -> None:
+    """Kill a living process and, if it still is of `group`, that whole group; does nothing to a dead one."""
+    if is_dead(pidfd):
+        return
+    with contextlib.suppress(OSError):
+        if group is not None and pid and os.getpgid(pid) == group:
+            os.killpg(group, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def describe_exit(status: int | None) -> str:
+    """The end of a process in words: "exited with status 3", "was killed by SIGKILL", "ended"."""
+    if status is None:
+        return "ended"
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+        return f"was killed by signal {-status}"
+    return f"exited with status {status}"
