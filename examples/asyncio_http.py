@@ -95,8 +95,9 @@ async def main() -> None:
     arguments = parser.parse_args()
 
     async with handoff.aio.Service(arguments.name, probation=arguments.probation) as service:
-        await service.start_server(Server(service).handle, arguments.listen)
+        listener = await service.start_server(Server(service).handle, arguments.listen)
         service.ready()
+        print(f"generation {service.generation} serves {listener.address}", flush=True)
         await service.wait()  # until another generation is in charge
 
 

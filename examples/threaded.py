@@ -82,6 +82,7 @@ def main() -> None:
         Handler.service = service
         server = ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
         service.ready()
+        print(f"generation {service.generation} serves {listener.address}", flush=True)
         for connection, peer in listener:  # ends when another generation is in charge
             server.process_request(connection, peer)
         server.socket.close()

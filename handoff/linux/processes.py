@@ -99,20 +99,32 @@ def is_dead(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def exit_status(pidfd: int) -> int | None:
-    """How a process ended that need not be a child (negative: a signal); None where the kernel doesn't tell.
+def exit_status(pidfd: int, pid: int) -> int | None:
+    """How a dead process ended that need not be a child (negative: a signal); None where the kernel doesn't tell."""
+    # A zombie tells through /proc, and once it is reaped, through its pidfd: it may become the one just in between.
+    for ask in (lambda: _reaped_status(pidfd), lambda: _zombie_status(pid), lambda: _reaped_status(pidfd)):
+        if (code := ask()) is not None:
+            return os.waitstatus_to_exitcode(code)
+    return None
 
-    The kernel knows once the process was reaped, which for an orphan follows its end at once.
-    """
+
+def _reaped_status(pidfd: int) -> int | None:
     buffer = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT).ljust(64, b"\0"))
     try:
         fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
     except OSError:
         return None
     mask, code = struct.unpack_from("Q", buffer)[0], struct.unpack_from("i", buffer, 60)[0]
-    if not mask & _PIDFD_INFO_EXIT:
+    return int(code) if mask & _PIDFD_INFO_EXIT else None
+
+
+def _zombie_status(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            state, *fields = stat.read().rpartition(b")")[2].split()
+    except (OSError, ValueError):
         return None
-    return os.waitstatus_to_exitcode(code)
+    return int(fields[-1]) if state == b"Z" else None  # exit_code is the last field, proc_pid_stat(5)
 
 
 def kill_group(pidfd: int, pid: int, group: int | None) -> None:

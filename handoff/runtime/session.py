@@ -109,7 +109,7 @@ class Session:
 
     def exit_status(self) -> int | None:
         """How the peer ended, where it is dead and the kernel tells."""
-        return None if self.pidfd is None else processes.exit_status(self.pidfd)
+        return None if self.pidfd is None else processes.exit_status(self.pidfd, self.pid)
 
     def _flush(self) -> None:
         try:
