@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from load_process import Load
 EXAMPLES = Path(__file__).parent
 UPGRADES = 10
 PROBATION = 0.5  # seconds
-STEADY = 0.5  # seconds measured before each upgrade, to compare with
+STEADY = 200  # requests before each upgrade, to compare with
 LOAD = ("--rate", "300", "--keep-alive", "20", "--gap", "0.5", "--slow", "5", "--slow-lines", "10")
 SHOWN = ("spawn", "ready", "cutover", "commit", "rollback")  # steps, with milliseconds since the request
 BROKEN = ("reset", "closed", "cut")  # what a client sees of a process that is killed
@@ -43,7 +42,7 @@ class Demo:
     def upgrade(self, label: str, expected: int, *arguments: str) -> None:
         """Run `handoff upgrade`, and print a line."""
         self.load.mark(f"between {label}")
-        threading.Event().wait(STEADY)
+        self.load.wait_for_requests(self.load.ended + STEADY)
         before = self.load.mark(f"before {label}")
         failed_before = len(self.load.failures)
         done = subprocess.run(

@@ -49,6 +49,7 @@ Kind = Literal["refused", "reset", "closed", "timeout", "cut", "wrong", "connect
 Emit = Callable[[Mapping[str, object]], None]
 
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; the socket module of Python 3.10 doesn't know it
+PROGRESS = 100  # requests from one `progress` event to the next
 LOOPBACK_SOURCES: Final = 20  # each has its own 28,000 ephemeral ports (ip_local_port_range) to leave in TIME_WAIT
 SUN_PATH_MOST: Final = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
 READ_SIZE: Final = 16384
@@ -365,6 +366,7 @@ class Tally:
         self._seen: set[tuple[int | None, int | None]] = set()
         self._started = False
         self._before_start: list[Mapping[str, object]] = []
+        self._ended = 0
         self._interval = Interval(self._start)
         self._latencies = Latencies()
         self._lag = 0.0
@@ -395,6 +397,7 @@ class Tally:
         self._last_end = now
         self._finished[load] += 1
         self._interval.finished += 1
+        self._progress()
         if generation is not None:
             self._generations[generation] += 1
         if load != "slow":
@@ -406,6 +409,7 @@ class Tally:
         self._failed[origin.load] += 1
         self._kinds[kind] += 1
         self._interval.failed += 1
+        self._progress()
         self._emit(
             {
                 "event": "failure",
@@ -420,6 +424,11 @@ class Tally:
                 "detail": detail,
             }
         )
+
+    def _progress(self) -> None:
+        self._ended += 1
+        if self._ended % PROGRESS == 0:
+            self._emit({"event": "progress", "ended": self._ended})
 
     def mark(self, name: str) -> None:
         """Tell the figures since the last mark and begin a new interval."""

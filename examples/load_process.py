@@ -26,6 +26,7 @@ class Load:
         )
         self.failures: list[dict[str, Any]] = []
         self._changed = threading.Condition()
+        self.ended = 0  # requests, to the hundred
         self._events: dict[str, dict[str, Any]] = {}
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -43,9 +44,16 @@ class Load:
     def mark(self, name: str, timeout: float = 15.0) -> dict[str, Any]:
         """The figures since the last mark: finished, failed, slowest, p50, p99 (seconds)."""
         assert self._process.stdin
+        self._events.pop(f"interval {name}", None)
         self._process.stdin.write(f"mark {name}\n")
         self._process.stdin.flush()
         return self._wait_for(f"interval {name}", timeout)
+
+    def wait_for_requests(self, count: int, timeout: float = 300.0) -> None:
+        """Wait until so many requests (to the hundred) have ended since the start. Raises TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.ended >= count, timeout):
+                raise TimeoutError(f"load.py: only {self.ended} of {count} requests in {timeout:g} s")
 
     def stop(self, timeout: float = 60.0) -> dict[str, Any]:
         """Let open requests finish; returns the report. Harmless twice."""
@@ -67,6 +75,7 @@ class Load:
             key = f"interval {event['name']}" if event["event"] == "interval" else event["event"]
             with self._changed:
                 self._events[key] = event
+                self.ended = event.get("ended", self.ended)
                 if key == "failure":
                     self.failures.append(event)
                 self._changed.notify_all()

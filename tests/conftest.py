@@ -64,4 +64,5 @@ def _descriptors() -> dict[int, str]:
 def pytest_configure(config: pytest.Config) -> None:
     """Register what marks tests."""
     config.addinivalue_line("markers", "kills: the test kills processes, which can't remove their sockets")
+    config.addinivalue_line("markers", "load: long, under load; `make test ARGS='-m \"not load\"'` leaves these out")
     signal.signal(signal.SIGINT, signal.default_int_handler)

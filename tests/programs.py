@@ -8,10 +8,8 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,24 @@ class Programs:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 stdin=subprocess.DEVNULL,
-                stdout=errors,
+                stdout=subprocess.PIPE,
                 stderr=errors,
                 env={**os.environ, **environment},
             )
         self.started.append(process)
         return process
+
+    def serve(self, *command: str | Path, **environment: str) -> int:
+        """Start a program that prints a line ending in its address when it serves; returns the port."""
+        process = self.start(*command, **environment)
+        assert process.stdout
+        line = process.stdout.readline().decode()
+        assert line, f"it ended with status {process.wait(PATIENCE)} before it served{self.shown()}"
+        return int(line.rpartition(":")[2])
+
+    def example(self, name: str, *options: str) -> int:
+        """Start an example as the service `web` on a free port; returns the port."""
+        return self.serve(EXAMPLES / f"{name}.py", "--name", "web", "--listen", "tcp://127.0.0.1:0", *options)
 
     def script(self, text: str, name: str = "program.py") -> Path:
         """Write a program."""
@@ -95,6 +105,8 @@ class Programs:
                 _signal(pid, signal.SIGKILL)
         for process in self.started:
             process.wait(PATIENCE)
+            if process.stdout:
+                process.stdout.close()
         reap()
         return stubborn
 
@@ -118,17 +130,6 @@ def reap() -> None:
             pass
 
 
-def connect(port: int, seconds: float = PATIENCE) -> socket.socket:
-    """Connect to a service, which may still be starting."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=seconds)
-        except ConnectionRefusedError:
-            if time.monotonic() > until:
-                raise
-
-
 def get(port: int, path: str = "/echo/hello") -> tuple[int, str, int]:
     """(status, body, generation) of one request on a new connection."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
@@ -138,13 +139,6 @@ def get(port: int, path: str = "/echo/hello") -> tuple[int, str, int]:
         return answer.status, answer.read().decode(), int(answer.headers.get("X-Generation", "0"))
     finally:
         client.close()
-
-
-def free_port() -> int:
-    """A port that is free just now, for programs that have to be told one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -8,24 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import EXAMPLES, Programs, connect, free_port, get, wait_for_end
+from tests.programs import Programs, get, wait_for_end
 
 EXAMPLE = pytest.mark.parametrize("example", ["threaded", "asyncio_http"])
-
-
-def start(programs: Programs, example: str, port: int, probation: float = 0.2) -> int:
-    """Start an example and wait until it serves; returns its pid."""
-    options = ("--name", "web", "--listen", f"tcp://127.0.0.1:{port}", "--probation", str(probation))
-    process = programs.start(EXAMPLES / f"{example}.py", *options)
-    connect(port).close()
-    return process.pid
 
 
 @EXAMPLE
 def test_upgrade(programs: Programs, example: str) -> None:
     """After an upgrade the next generation answers, and the one before has ended."""
-    port = free_port()
-    first = start(programs, example, port)
+    port = programs.example(example, "--probation", "0.2")
     assert get(port) == (200, "hello\n", 1)
 
     record = programs.upgrade("web", "--wait", "exit")
@@ -33,15 +24,14 @@ def test_upgrade(programs: Programs, example: str) -> None:
     assert get(port) == (200, "hello\n", 2)
     assert record["result"] == "committed"
     assert list(record["steps"]) == ["spawn", "adopt", "ready", "cutover", "probation", "commit", "drain"]
-    assert wait_for_end(first)
+    assert wait_for_end(programs.started[0].pid)
     assert programs.status("web")["generation"] == 2
 
 
 @EXAMPLE
 def test_stop(programs: Programs, example: str, runtime_dir: Path) -> None:
     """TERM ends the service with status 0, and nothing stays in its runtime directory but its number."""
-    port = free_port()
-    start(programs, example, port)
+    programs.example(example)
 
     os.kill(programs.started[0].pid, signal.SIGTERM)
 

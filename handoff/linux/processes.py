@@ -102,10 +102,12 @@ def is_dead(pidfd: int) -> bool:
 def exit_status(pidfd: int, pid: int) -> int | None:
     """How a dead process ended that need not be a child (negative: a signal); None where the kernel doesn't tell."""
     # A zombie tells through /proc, and once it is reaped, through its pidfd: it may become the one just in between.
-    for ask in (lambda: _reaped_status(pidfd), lambda: _zombie_status(pid), lambda: _reaped_status(pidfd)):
-        if (code := ask()) is not None:
-            return os.waitstatus_to_exitcode(code)
-    return None
+    code = _reaped_status(pidfd)
+    if code is None:
+        code = _zombie_status(pid)
+    if code is None:
+        code = _reaped_status(pidfd)
+    return None if code is None else os.waitstatus_to_exitcode(code)
 
 
 def _reaped_status(pidfd: int) -> int | None:
