@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from handoff.cli.output import Exit, say, tell
 from handoff.core.messages import Kind
 from handoff.core.record import Record, Result
@@ -13,11 +15,13 @@ def end(name: str, runtime_dir: str | None, kind: Kind, *, as_json: bool) -> int
     with Client(name, runtime_dir) as client:
         patience = 3 * client.state()["deadlines"]["answer"] + PATIENCE  # told, then killed, then reaped
         client.send(kind)
+        until = time.monotonic() + patience
         try:
-            message = client.receive(patience)
+            while (message := client.receive(until - time.monotonic())) and message.kind is not Kind.RESULT:
+                pass
         except Ended:
             message = None
-    if message is None or message.kind is not Kind.RESULT:
+    if message is None:
         say(f"{name}: no outcome in {patience:g} s; `handoff status {name}` tells how it goes on")
         return Exit.TIMED_OUT
     record = Record.from_json(message["record"])

@@ -39,7 +39,8 @@ class Program:
     def status(self) -> int | None:
         """How it ended, as `subprocess` tells it (negative: a signal); None while it runs. Does not block."""
         code = self.shell.poll()
-        return code if code is None or code <= 128 else 128 - code
+        # A shell tells a signal as 128 and its number; what is above the last signal is the program's own status.
+        return 128 - code if code is not None and 128 < code < 128 + signal.NSIG else code
 
     def terminate(self) -> None:
         """Send TERM to the whole group."""
@@ -84,6 +85,8 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], stderr: int) -
         )
     except OSError as error:
         raise CannotSpawn(command[0], f"{error.strerror} ({error.filename or 'fork'})") from None
+    except ValueError as error:  # a NUL, or what the file system's encoding does not have
+        raise CannotSpawn(command[0], f"no program can be given these words ({error})") from None
     try:
         return Program(shell, os.pidfd_open(shell.pid), shell.pid)
     except OSError as error:

@@ -62,7 +62,7 @@ def bound_address(listener: socket.socket) -> str:
     """The address of a bound socket, as `str(Address)` prints it."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix://{name.removesuffix('~')}"
+        return f"unix://{os.fsdecode(name).removesuffix('~')}"  # bytes for an abstract one, which is never ours
     return str(Address(kind="tcp", host=_literal(name), port=name[1]))
 
 
@@ -194,12 +194,13 @@ def _open_unix(address: Address) -> Opened:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(bound)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    own = None
     try:
         listener.bind(bound)
+        own = inode(bound)
         if address.mode is not None:
             os.chmod(bound, address.mode)
         listener.listen(address.backlog)
-        own = inode(bound)
         spare = path + "~~"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(spare)
@@ -207,6 +208,8 @@ def _open_unix(address: Address) -> Opened:
         os.rename(spare, path)
     except BaseException:
         listener.close()
+        if own:
+            unlink_own(path, own)
         raise
     return Opened(listener, Entry(address=str(address), requested=str(address), cookie=cookie(listener), inode=own))
 

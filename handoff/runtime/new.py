@@ -278,6 +278,7 @@ class New:
             self._fail(Event.CHARGE_FAILED, f"it cannot take charge: {reason}")
 
     def _on_closed(self) -> None:
+        self._take_stderr()  # nobody reads our last words any more
         # Without a pidfd an end of file has to be told from a death in another way.
         if self._session and self._session.pidfd is None and not self._directory.alive(self._old):
             self._machine.feed(Event.OLD_LOST)
@@ -288,7 +289,7 @@ class New:
 
     def _effects(self) -> Mapping[Effect, Callable[[], None]]:
         return {
-            Effect.SEND_READY: lambda: self._send(Kind.READY, **self._ready),
+            Effect.SEND_READY: self._send_ready,
             Effect.ACCEPT: self._application.accept,
             Effect.SEND_ACCEPTING: lambda: self._send(Kind.ACCEPTING),
             Effect.READ_DATAGRAMS: lambda: None,
@@ -302,6 +303,10 @@ class New:
             Effect.DRAIN: self._begin_drain,
             Effect.END: self._end,
         }
+
+    def _send_ready(self) -> None:
+        self._send(Kind.READY, **self._ready)
+        self._done(Step.READY)
 
     def _send(self, kind: Kind, **fields: Any) -> None:
         if self._session:
@@ -349,7 +354,6 @@ class New:
         self.fewer_connections()
 
     def _end(self) -> None:
-        self._take_stderr()
         self._application.close_all()
         self._application.ended()
 
