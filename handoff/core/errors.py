@@ -1,6 +1,7 @@
 """Every error of this package: one class for each thing that a caller can do about it.
 
-The data is in fields, the sentence in ``__str__``: what, which value, what limit, what to do next.
+The data is in fields, the sentence in ``__str__``: what, which value, what limit, what to do next. What attrs would
+generate beyond that is left out: a service imports this at every start, and pays 0.3 ms for each such class.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ class HandoffError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class BadAddress(HandoffError):
     """A listener's address can't be understood, or the system can't take it."""
 
@@ -23,7 +24,7 @@ class BadAddress(HandoffError):
         return f"{self.address}: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class CannotListen(HandoffError):
     """The system refused to bind or to listen."""
 
@@ -34,7 +35,7 @@ class CannotListen(HandoffError):
         return f"cannot listen on {self.address}: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class BadDirectory(HandoffError):
     """The runtime directory can't be used: not ours, writable by others, a link, gone, full."""
 
@@ -45,7 +46,7 @@ class BadDirectory(HandoffError):
         return f"runtime directory {self.path}: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class NotRunning(HandoffError):
     """Nobody is in charge of the service."""
 
@@ -59,7 +60,7 @@ class NotRunning(HandoffError):
         )
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class AlreadyRunning(HandoffError):
     """A generation is in charge, and this program was not started to take over from it."""
 
@@ -75,7 +76,7 @@ class AlreadyRunning(HandoffError):
         )
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class NoAnswer(HandoffError):
     """A process holds the control socket and does not answer."""
 
@@ -91,7 +92,7 @@ class NoAnswer(HandoffError):
         )
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Refused(HandoffError):
     """The generation in charge refuses a request, and says why. Nothing was changed."""
 
@@ -103,7 +104,7 @@ class Refused(HandoffError):
         return f"{self.service}: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class RolledBack(HandoffError):
     """Raised in a new generation whose upgrade was ended: it has to finish and to exit."""
 
@@ -115,7 +116,7 @@ class RolledBack(HandoffError):
         return f"{self.service}: generation {self.generation} was rolled back: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class CannotSpawn(HandoffError):
     """The new program can't be started at all."""
 
@@ -126,7 +127,7 @@ class CannotSpawn(HandoffError):
         return f"cannot start {self.command}: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class BadMessage(HandoffError):
     """A peer sent what the protocol does not allow."""
 
@@ -136,7 +137,7 @@ class BadMessage(HandoffError):
         return f"bad message: {self.reason}"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False, slots=False)
 class BadDescriptors(HandoffError):
     """Descriptors did not arrive whole, or are not what was announced. All of them have been closed."""
 

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Final
@@ -159,13 +160,25 @@ class RuntimeDirectory:
     def connect(self, generation: int | None = None, *, timeout: float | None = None) -> socket.socket:
         """Connect to a generation's control socket, else to the one in charge; the caller owns the socket.
 
-        Waits `timeout` seconds for a place in its backlog (None: not at all, then BlockingIOError). Raises the OSError
-        of connect(2): FileNotFoundError and ConnectionRefusedError mean that nobody is there.
+        Waits `timeout` seconds for a place in its backlog, then TimeoutError (None: not at all, then BlockingIOError).
+        Raises the OSError of connect(2): FileNotFoundError and ConnectionRefusedError mean that nobody is there.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            connection.settimeout(timeout or 0)
+            if timeout is None:
+                connection.setblocking(False)
+            else:
+                # Only a blocking connect waits for a place (unix(7)), and for no longer than this (socket(7)).
+                seconds, rest = divmod(timeout, 1)
+                patience = struct.pack("ll", int(seconds), max(1, int(rest * 1e6)))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             connection.connect(self._through(_name(generation) if generation is not None else LINK))
+            connection.settimeout(timeout or 0)
+        except BlockingIOError:
+            connection.close()
+            if timeout is None:
+                raise
+            raise TimeoutError(f"no place in the backlog in {timeout:g} s") from None
         except BaseException:
             connection.close()
             raise

@@ -6,7 +6,6 @@ import logging
 import operator
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -358,7 +357,7 @@ class Old:
         self._asked_at = self._spawned_at = time.monotonic()
         self._next_command, self._deadlines = command, deadlines
         self._record = self.last = Record(
-            upgrade=uuid.uuid4().hex, service=self._service, old=self._generation, started=time.time()
+            upgrade=os.urandom(8).hex(), service=self._service, old=self._generation, started=time.time()
         )
         if waiter:
             self._waiters.append(waiter)
