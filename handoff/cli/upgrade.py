@@ -57,6 +57,9 @@ def command(runtime_dir: str | None, /, name: str, wait: str, as_json: bool, **o
         except KeyboardInterrupt:
             say(f"{name}: left; the upgrade goes on, and `handoff status {name}` tells how it went")
             return Exit.LEFT
+        else:
+            if wait == "exit":
+                client.wait_for_end(PATIENCE)  # it has finished its connections; what is left is the interpreter's end
         finally:
             waiting.clear()
     if record is None:

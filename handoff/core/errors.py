@@ -145,3 +145,17 @@ class BadDescriptors(HandoffError):
 
     def __str__(self) -> str:
         return f"bad descriptors: {self.reason}"
+
+
+@attrs.frozen(eq=False, repr=False, slots=False)
+class ControlLost(HandoffError):
+    """The control thread ended by an error of its own, which is in the log."""
+
+    service: str
+    generation: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.service}: the control thread of generation {self.generation} ended by an error; "
+            f"the log has it: please report it"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from typing import Any, Final
@@ -44,6 +45,7 @@ class Client:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._pid, _ = sockets.peer_credentials(self._socket)
+        self._pidfd = sockets.peer_pidfd(self._socket)
 
     def __enter__(self) -> Client:
         return self
@@ -54,6 +56,9 @@ class Client:
     def close(self) -> None:
         """Close the connection; what was asked for goes on."""
         self._socket.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
     def send(self, kind: Kind, **fields: Any) -> None:
         """Ask. Raises BadMessage when the fields don't fit into a packet, Ended when nobody is there any more."""
@@ -80,6 +85,14 @@ class Client:
         if message.kind is Kind.ERROR:
             raise Refused(self.service, message["reason"], message["code"])
         return message
+
+    def wait_for_end(self, seconds: float) -> bool:
+        """Wait until the process at the other end has ended; False when it still lives then, or can't be watched."""
+        if self._pidfd is None:
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(max(0.0, seconds) * 1000))
 
     def state(self) -> dict[str, Any]:
         """What `status` tells. Raises NoAnswer, Refused and, when the generation ends just now, NotRunning."""

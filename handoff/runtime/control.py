@@ -12,7 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import handoff.core.old as core
 from handoff.core.deadlines import Deadlines
+from handoff.core.errors import ControlLost, HandoffError
 from handoff.core.messages import Kind, Message
 from handoff.core.record import Record
 from handoff.linux import descriptors
@@ -23,7 +25,7 @@ from handoff.runtime.new import New
 from handoff.runtime.old import Old
 from handoff.runtime.session import Session
 
-MAX_CONNECTIONS: Final = 64  # at the control socket; one more place is kept for an upgrade's own
+MAX_CONNECTIONS: Final = 64  # that have asked something, and as many that have not yet
 _log = logging.getLogger(__name__)
 
 
@@ -85,10 +87,26 @@ class Control:
         self.loop.post(self._begin)
         try:
             self.loop.run()
+        except Exception:  # noqa: BLE001  # whatever it is, clients are served first
+            _log.critical("%s: generation %d: the control thread ends", self._service, self.generation, exc_info=True)
+            if isinstance(self._role, Old) and self._role.state in core.UPGRADING | {core.State.SERVING}:
+                self._application.accept()
+            else:
+                self._fail(ControlLost(self._service, self.generation))
         finally:
             self._close()
 
+    def _fail(self, error: HandoffError) -> None:
+        self._application.fail(error)
+        self._application.ended()
+
     def _begin(self) -> None:
+        try:
+            self._choose_role()
+        except HandoffError as error:
+            self._fail(error)
+
+    def _choose_role(self) -> None:
         if self._directory.take_charge(self.generation, instead_of=None):
             self._become_old(ready=False)
             self._application.adopted()
@@ -140,10 +158,6 @@ class Control:
             role.on_request(asker, message)
 
     def _accept(self) -> None:
-        if len(self._waiting) + len(self._served) > MAX_CONNECTIONS:
-            # All places are taken, the reserved one too: the backlog holds the others until one is free.
-            self.loop.forget(self._socket.fileno())
-            return
         try:
             connection, _ = self._socket.accept()
         except OSError as error:
@@ -162,6 +176,9 @@ class Control:
         if session.uid not in (os.geteuid(), 0):
             self._refuse(session, "foreign-uid", f"uid {session.uid} may not command a service of uid {os.geteuid()}")
             return
+        if len(self._waiting) == MAX_CONNECTIONS:
+            # Whoever has said nothing for longest makes room: so an upgrade's own call always finds a place.
+            self._refuse(next(iter(self._waiting)), "busy", f"{MAX_CONNECTIONS} connections have asked nothing yet")
         self._waiting[session] = self.loop.after(
             self._deadlines.request,
             lambda: self._refuse(session, "slow", f"no request came in {self._deadlines.request:g} s"),

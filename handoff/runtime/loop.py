@@ -11,6 +11,7 @@ from typing import Final
 
 READ: Final = select.POLLIN
 WRITE: Final = select.POLLOUT
+_LONGEST: Final = 3600.0  # seconds in one poll(2), which counts milliseconds in an int; then it is called again
 
 
 class Timer:
@@ -37,6 +38,7 @@ class Loop:
     def __init__(self) -> None:
         self._poll = select.poll()
         self._calls: dict[int, Callable[[], None]] = {}
+        self._fresh: set[int] = set()  # watched since the last poll(2): it can't have told anything of them
         self._timers: list[Timer] = []
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -46,6 +48,8 @@ class Loop:
     def watch(self, descriptor: int, events: int, call: Callable[[], None]) -> None:
         """Call whenever one of `events`, an error or a hang-up is there; replaces an earlier call."""
         self._poll.register(descriptor, events)
+        if descriptor not in self._calls:
+            self._fresh.add(descriptor)
         self._calls[descriptor] = call
 
     def forget(self, descriptor: int) -> None:
@@ -64,7 +68,7 @@ class Loop:
         self._posted.append(call)
         try:
             os.eventfd_write(self._wake, 1)
-        except OSError:  # the loop has ended: nobody is there to care
+        except (OSError, ValueError):  # the loop has ended (ValueError: -1): nobody is there to care
             self._posted.clear()
 
     def end(self) -> None:
@@ -89,9 +93,12 @@ class Loop:
         self._timers = [timer for timer in self._timers if timer.call]
         first = min((timer.at for timer in self._timers), default=None)
         # poll(2) counts in whole milliseconds: one more, so that the deadline is over when it returns.
-        timeout = None if first is None else max(0, int((first - time.monotonic()) * 1000) + 1)
+        left = None if first is None else min(first - time.monotonic(), _LONGEST)
+        timeout = None if left is None else max(0, int(left * 1000) + 1)
+        self._fresh.clear()
         for descriptor, _ in self._poll.poll(timeout):
-            if call := self._calls.get(descriptor):
+            # A call of this round may have closed a descriptor whose number another one then got.
+            if descriptor not in self._fresh and (call := self._calls.get(descriptor)):
                 call()
         now = time.monotonic()
         for timer in self._timers:

@@ -65,6 +65,7 @@ class New:
         self._old = 0  # generation
         self._old_pid: int | None = None
         self._batch = 0
+        self._stop_asked = False
         self._stderr = -1
         self._pipe = -1
         self._record = Record(upgrade=upgrade or "", service=service, old=0, new=generation, started=time.time())
@@ -152,10 +153,11 @@ class New:
 
     def stop(self) -> None:
         """Finish and end. The second call ends at once."""
-        if self.state in (State.STOPPING, State.ROLLED_BACK):
+        if self._stop_asked and self.state in (State.STOPPING, State.ROLLED_BACK):
             self._machine.feed(Event.TIMED_OUT)
         else:
             self._fail(Event.STOP_ASKED, "it was told to stop")
+        self._stop_asked = True
 
     def fewer_connections(self) -> None:
         """A connection was closed."""

@@ -78,6 +78,7 @@ class Old:
         self._asked: tuple[Session, Kind] | None = None  # the request that is just being decided
         self._drain: Drain | None = None
         self._last = False  # nobody follows
+        self._stop_asked = False
         self._stop_when_serving = False
         self._machine: Machine[State, Event, Effect] = Machine(
             f"{service}: generation {generation}",
@@ -111,10 +112,11 @@ class Old:
 
     def stop(self) -> None:
         """Finish and end, and the new generation with it, if there is one. The second call ends at once."""
-        if self.state in (State.STOPPING, State.DRAINING):
+        if self._stop_asked and self.state in (State.STOPPING, State.DRAINING):
             self._machine.feed(Event.TIMED_OUT)
         else:
             self._machine.feed(Event.STOP_ASKED, lambda: self._note("the service was stopped", Result.STOPPED))
+        self._stop_asked = True
 
     def upgrade(self, command: Sequence[str] | None = None) -> None:
         """Upgrade, asked from inside the program; a refusal is logged."""
@@ -185,6 +187,9 @@ class Old:
             self._predecessor.close()
             self._predecessor = None
             self._application.mend()
+            if self.last and Step.EXIT.value not in self.last.steps:
+                self.last.steps[Step.EXIT.value] = max(0.0, time.time() - self.last.started)
+                self._application.told(Step.EXIT, self.last)
 
     def status(self) -> dict[str, Any]:
         """What `status` tells."""
@@ -479,6 +484,7 @@ class Old:
             if self._new:
                 self._new.send(Kind.DRAINED, record=self._record.to_json())
             self._settle(Result(self._record.result or Result.STOPPED), final=True)
+            self._application.told(Step.EXIT, self._record)
         self._application.ended()
 
     def _settle(self, result: Result, *, final: bool = False) -> None:
