@@ -30,10 +30,10 @@ def test_upgrade(programs: Programs, example: str) -> None:
 
 @EXAMPLE
 def test_stop(programs: Programs, example: str, runtime_dir: Path) -> None:
-    """TERM ends the service with status 0, and nothing stays in its runtime directory but its number."""
+    """TERM ends the service with status 0, and nothing stays in its runtime directory but its number and its command."""
     programs.example(example)
 
     os.kill(programs.started[0].pid, signal.SIGTERM)
 
     assert programs.started[0].wait(10) == 0, programs.shown()
-    assert sorted(path.name for path in (runtime_dir / "web").iterdir()) == ["generation", "lock"]
+    assert sorted(path.name for path in (runtime_dir / "web").iterdir()) == ["generation", "launch-1.json", "lock"]

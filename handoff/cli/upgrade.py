@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import click
@@ -21,33 +23,84 @@ _ORDER: Final = (Step.SPAWN, Step.ADOPT, Step.READY, Step.CUTOVER, Step.PROBATIO
 _SECONDS: Final = click.FloatRange(min=0, max=1e9)
 
 
+def timing(function: Callable[..., int]) -> Callable[..., int]:
+    """The options that every command which upgrades has."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the record of the upgrade as JSON."),
+        click.option("--drain-timeout", type=_SECONDS, metavar="S", help="How long the old one may take to finish."),
+        click.option("--probation", type=_SECONDS, metavar="S", help="How long the new one is watched."),
+        click.option("--timeout", type=_SECONDS, metavar="S", help="How long the new program may take to be ready."),
+        click.option(
+            "--wait",
+            type=click.Choice(["cutover", "commit", "exit"]),
+            default="commit",
+            show_default=True,
+            help="Return when the new generation accepts, when it is committed, or when the old one has drained.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 @click.command(name="upgrade")
 @click.argument("name")
 @click.argument("new_command", nargs=-1, type=click.UNPROCESSED, metavar="[-- NEW COMMAND ...]")
-@click.option(
-    "--wait",
-    type=click.Choice(["cutover", "commit", "exit"]),
-    default="commit",
-    show_default=True,
-    help="Return when the new generation accepts, when it is committed, or when the old one has drained.",
-)
-@click.option("--timeout", type=_SECONDS, metavar="S", help="How long the new program may take to be ready.")
-@click.option("--probation", type=_SECONDS, metavar="S", help="How long it is watched before it is committed.")
-@click.option(
-    "--drain-timeout", type=_SECONDS, metavar="S", help="How long the old one may take to finish its connections."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the record of the upgrade as JSON.")
+@click.option("--env", "variables", multiple=True, metavar="K=V", help="A variable of the new program's environment.")
+@click.option("--env-file", type=click.Path(dir_okay=False), help="A file of such variables, K=V on each line.")
+@click.option("--cwd", type=click.Path(), help="The new program's working directory.")
+@timing
 @click.pass_obj
-def command(runtime_dir: str | None, /, name: str, wait: str, as_json: bool, **options: Any) -> int:
+def command(
+    runtime_dir: str | None,
+    /,
+    name: str,
+    new_command: tuple[str, ...],
+    variables: tuple[str, ...],
+    env_file: str | None,
+    cwd: str | None,
+    **options: Any,
+) -> int:
     """Replace the running generation of NAME by a new one, and tell how it went.
 
     Without NEW COMMAND the new generation is started as the running one was. The times default to those of the
     service. Ctrl-C ends the upgrade, a second one leaves it to itself.
     """
-    new_command = options.pop("new_command")
+    changes = {
+        "command": list(new_command) or None,
+        "cwd": os.path.abspath(cwd) if cwd else None,
+        "environment": environment(variables, env_file) or None,
+    }
+    return upgrade(name, runtime_dir, changes, **options)
+
+
+def environment(variables: Sequence[str], env_file: str | None) -> dict[str, str]:
+    """The variables of a file and, above them, those given one by one. Raises UsageError."""
+    found: dict[str, str] = {}
+    if env_file:
+        import dotenv  # needed for this only
+
+        try:
+            with open(env_file, encoding="utf-8") as file:
+                found = {
+                    name: value or "" for name, value in dotenv.dotenv_values(stream=file, interpolate=False).items()
+                }
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"--env-file {env_file}: {getattr(error, 'strerror', None) or error}") from None
+        found = {variable: value or "" for variable, value in values.items()}
+    for variable in variables:
+        name, equals, value = variable.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--env {variable}: a variable is given as NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def upgrade(name: str, runtime_dir: str | None, changes: dict[str, Any], **options: Any) -> int:
+    """Ask for an upgrade, show its steps, tell how it went; returns the exit status."""
+    as_json, wait = options.pop("as_json"), options["wait"]
     with Client(name, runtime_dir) as client:
         state = client.state()
-        client.send(Kind.UPGRADE, command=list(new_command) or None, wait=wait, **options)
+        client.send(Kind.UPGRADE, **changes, **options)
         patience = _patience(state["deadlines"], options, wait)
         waiting = _Waiting(client, patience)
         try:

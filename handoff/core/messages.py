@@ -109,6 +109,9 @@ FIELDS: Final[Mapping[Kind, Mapping[str, tuple[tuple[type, ...], bool]]]] = {
     Kind.STOPPING: {},
     Kind.UPGRADE: {
         "command": (_LIST, False),
+        "cwd": (_TEXT, False),
+        "environment": (_OBJECT, False),
+        "respawn": (_NUMBER, False),
         "wait": (_TEXT, False),
         "timeout": (_SECONDS, False),
         "probation": (_SECONDS, False),

@@ -9,12 +9,12 @@ import select
 import signal
 import struct
 import sys
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from handoff.core.errors import CannotSpawn
+from handoff.core.launch import Launch
 
 if TYPE_CHECKING:
     import subprocess
@@ -63,41 +63,78 @@ class Program:
             os.killpg(self.group, number)
 
 
-def own_command() -> list[str]:
-    """The command that started this process, its interpreter as it was called, symlinks unresolved."""
+def own_launch() -> Launch:
+    """How this process was started, so that its next version can be: nothing of it resolved.
+
+    A `current` link that was moved since, a new virtual environment and a removed old release all take effect.
+    """
     first, *rest = sys.orig_argv
-    return [first if "/" in first else sys.executable or first, *rest]
+    if rest and _runs_by_itself(rest[0], first):
+        command = rest  # its first line names the interpreter, which may be another one by now
+    else:
+        command = [first if "/" in first else sys.executable or first, *rest]
+    return Launch(command=tuple(command), cwd=_logical_directory(), environment={})
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], stderr: int) -> Program:
+def _runs_by_itself(script: str, interpreter: str) -> bool:
+    """Whether a script's first two lines (`#!`, and the detour by /bin/sh for long paths) name this interpreter."""
+    if "/" not in script or script.startswith("-") or not os.access(script, os.X_OK):
+        return False
+    try:
+        with open(script, "rb") as file:
+            head = file.readline(4096) + file.readline(4096)
+    except OSError:
+        return False
+    words = head.replace(b'"', b" ").replace(b"'", b" ").removeprefix(b"#!").split()
+    return head.startswith(b"#!") and os.fsencode(interpreter) in words
+
+
+def _logical_directory() -> str:
+    """The working directory by the name that the shell gave it, if that is still the same one."""
+    logical = os.environ.get("PWD", "")
+    try:
+        if logical.startswith("/") and os.path.samefile(logical, "."):
+            return logical
+        return os.getcwd()
+    except OSError:  # it was removed
+        return logical or "/"
+
+
+def spawn(launch: Launch, stderr: int) -> Program:
     """Start a program in a session of its own; it inherits 0, 1 and, as 2, the borrowed `stderr`: nothing else.
 
     Blocks for the few milliseconds that vfork and exec take. Raises CannotSpawn.
     """
     import subprocess  # 2 ms at import, needed at an upgrade only
 
-    if not command or not _is_executable(command[0], environment):
-        raise CannotSpawn(command[0] if command else "nothing", "no such command, or it may not be executed")
+    name = launch.command[0] if launch.command else "nothing"
+    if not os.path.isdir(launch.cwd):
+        raise CannotSpawn(name, f"its working directory {launch.cwd} is gone; name another one with --cwd")
+    if not launch.command or not _is_executable(name, launch):
+        raise CannotSpawn(name, f"no such command in {launch.cwd} or on its PATH, or it may not be executed")
+    environment = {**launch.environment, "PWD": launch.cwd}
     try:
         shell = subprocess.Popen(
-            ["/bin/sh", "-c", _PARENT, "handoff", *command], env=environment, stderr=stderr, start_new_session=True
+            ["/bin/sh", "-c", _PARENT, "handoff", *launch.command],
+            cwd=launch.cwd,
+            env=environment,
+            stderr=stderr,
+            start_new_session=True,
         )
     except OSError as error:
-        raise CannotSpawn(command[0], f"{error.strerror} ({error.filename or 'fork'})") from None
-    except ValueError as error:  # a NUL, or what the file system's encoding does not have
-        raise CannotSpawn(command[0], f"no program can be given these words ({error})") from None
+        raise CannotSpawn(name, f"{error.strerror} ({error.filename or 'fork'})") from None
     try:
         return Program(shell, os.pidfd_open(shell.pid), shell.pid)
     except OSError as error:
         shell.kill()
         shell.wait()
-        raise CannotSpawn(command[0], str(error.strerror)) from None
+        raise CannotSpawn(name, str(error.strerror)) from None
 
 
-def _is_executable(name: str, environment: Mapping[str, str]) -> bool:
+def _is_executable(name: str, launch: Launch) -> bool:
     # shutil.which would do the same, for 3 ms of imports in the middle of an upgrade.
-    places = [""] if "/" in name else os.get_exec_path(environment)
-    candidates = [os.path.join(place, name) for place in places]
+    places = [""] if "/" in name else os.get_exec_path(launch.environment)
+    candidates = [os.path.join(launch.cwd, place, name) for place in places]
     return any(os.path.isfile(candidate) and os.access(candidate, os.X_OK) for candidate in candidates)
 
 

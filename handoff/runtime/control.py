@@ -9,12 +9,13 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import handoff.core.old as core
 from handoff.core.deadlines import Deadlines
 from handoff.core.errors import ControlLost, HandoffError
+from handoff.core.launch import Launch
 from handoff.core.messages import Kind, Message
 from handoff.core.record import Record
 from handoff.linux import descriptors
@@ -38,7 +39,7 @@ class Control:
         directory: RuntimeDirectory,
         application: Application,
         deadlines: Deadlines,
-        command: Sequence[str],
+        launch: Launch,
         version: str,
         upgrade: str | None,
     ) -> None:
@@ -48,7 +49,7 @@ class Control:
         self._directory = directory
         self._application = application
         self._deadlines = deadlines
-        self._command = command
+        self._launch = launch
         self._version = version
         self._upgrade = upgrade
         self._waiting: dict[Session, Timer] = {}  # for their first request
@@ -132,7 +133,7 @@ class Control:
             self.generation,
             self._application,
             self._deadlines,
-            self._command,
+            self._launch,
             ready=ready,
             last=last,
             predecessor=predecessor,

@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from typing import Final
 
 from handoff.core.errors import BadDirectory
+from handoff.core.launch import Launch
 
 LINK: Final = "control.sock"
 BACKLOG: Final = 128
 _COUNTER: Final = "generation"
 _LOCK: Final = "lock"
 _SOCKET: Final = re.compile(r"gen-([0-9]{1,15})\.sock")
+_LAUNCH: Final = re.compile(r"launch-([0-9]{1,15})\.json")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 _threads = threading.Lock()  # a record lock does not keep the threads of one process apart
 
@@ -184,6 +186,35 @@ class RuntimeDirectory:
             raise
         return connection
 
+    def keep_launch(self, generation: int, launch: Launch) -> None:
+        """Write down how a generation that is in charge was started; of those before, only the last one's is kept."""
+        with self._locked():
+            with self._open(_launch(generation) + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+                os.write(file, launch.to_json().encode())
+            os.rename(
+                _launch(generation) + ".new",
+                _launch(generation),
+                src_dir_fd=self._descriptor,
+                dst_dir_fd=self._descriptor,
+            )
+            for number in self._launches()[:-2]:
+                self._unlink(_launch(number))
+
+    def launch_before(self, generation: int) -> Launch | None:
+        """How the generation that was in charge before `generation` was started; None where that is not known."""
+        earlier = [number for number in self._launches() if number < generation]
+        if not earlier:
+            return None
+        try:
+            with self._open(_launch(earlier[-1]), os.O_RDONLY) as file:
+                return Launch.from_json(os.read(file, os.fstat(file).st_size).decode())
+        except OSError as error:
+            raise BadDirectory(self.path, _why(error)) from None
+
+    def _launches(self) -> list[int]:
+        names = os.listdir(self._descriptor)
+        return sorted(int(found[1]) for name in names if (found := _LAUNCH.fullmatch(name)))
+
     def leave(self, generation: int) -> None:
         """Remove a generation's control socket, and control.sock if it still names it."""
         with contextlib.suppress(BadDirectory), self._locked():
@@ -238,6 +269,10 @@ class RuntimeDirectory:
 
 def _name(generation: int) -> str:
     return f"gen-{generation}.sock"
+
+
+def _launch(generation: int) -> str:
+    return f"launch-{generation}.json"
 
 
 def _number(name: str) -> int | None:

@@ -90,20 +90,39 @@ class Listener:
             while self._gate is not Gate.ENDED:
                 try:
                     accepted = self.accept_now()
-                    exhausted = False
+                    if not accepted and woken is None:
+                        # Only who has to wait pays for it; then look again, or a change would be missed.
+                        woken = stack.enter_context(_Woken(self.changes))
+                        continue
                 except OSError as error:
                     if error.errno not in EXHAUSTED:
                         raise
-                    accepted, exhausted = None, True
+                    _log.warning("%s: out of descriptors; clients wait until a connection is closed", self.address)
+                    self._wait_for_relief()
+                    continue
                 if accepted:
                     yield accepted
-                elif woken is None:  # only who has to wait pays for it; then look again, or a change would be missed
-                    woken = stack.enter_context(_Woken(self, self._connections))
-                elif exhausted:
-                    _log.warning("%s: out of descriptors; clients wait until a connection is closed", self.address)
-                    woken.wait(None, RELIEF)
-                else:
+                elif woken:
                     woken.wait(self._socket.fileno() if self._gate is Gate.OPEN else None)
+
+    def _wait_for_relief(self) -> None:
+        """Wait until a connection is closed, the gate changes, or RELIEF is over; takes no descriptor."""
+        told = threading.Lock()  # a bare lock, not an Event: a finaliser may tell while this very thread waits
+        told.acquire()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # told already
+                told.release()
+
+        sources = (self.changes, self._connections.fewer)
+        for source in sources:
+            source.add(tell)
+        try:
+            if self._gate is not Gate.ENDED:
+                told.acquire(timeout=RELIEF)
+        finally:
+            for source in sources:
+                source.remove(tell)
 
     def accept_now(self) -> tuple[Connection, Any] | None:
         """Accept what is there; None where nothing is, or where this generation is not to accept. Does not block.
@@ -159,38 +178,28 @@ class Listener:
 
 
 class _Woken:
-    """An eventfd of the calling thread, written when a listener's gate changes or a connection is closed."""
+    """An eventfd of the calling thread, written when a listener's gate changes."""
 
-    def __init__(self, listener: Listener, connections: Connections) -> None:
-        self._sources = (listener.changes, connections.fewer)
+    def __init__(self, changes: Watchers) -> None:
+        self._changes = changes
         self._descriptor = -1
 
     def __enter__(self) -> _Woken:
         self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._sources[0].add(self._wake)
+        self._changes.add(self._wake)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._sources[0].remove(self._wake)
+        self._changes.remove(self._wake)
         os.close(self._descriptor)
 
-    def wait(self, listener: int | None, relief: float | None = None) -> None:
-        """Wait for a connection at `listener` (None: not for that) or a change of the gate.
-
-        With `relief` wait for a closed connection too, and for that many seconds at most.
-        """
+    def wait(self, listener: int | None) -> None:
+        """Wait for a connection at `listener` (None: not for that) or a change of the gate."""
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
         if listener is not None and listener >= 0:
             poll.register(listener, select.POLLIN)
-        if relief is not None:
-            self._sources[1].add(self._wake)
-        try:
-            ready = poll.poll(None if relief is None else relief * 1000)
-        finally:
-            if relief is not None:
-                self._sources[1].remove(self._wake)
-        if any(descriptor == self._descriptor for descriptor, _ in ready):
+        if any(descriptor == self._descriptor for descriptor, _ in poll.poll()):
             os.eventfd_read(self._descriptor)
 
     def _wake(self) -> None:

@@ -14,7 +14,8 @@ import attrs
 import handoff.core.old as core
 from handoff.core.deadlines import Deadlines
 from handoff.core.drain import Drain
-from handoff.core.errors import BadMessage, HandoffError
+from handoff.core.errors import BadMessage, HandoffError, Refused
+from handoff.core.launch import Launch
 from handoff.core.messages import PROTOCOL, Kind, Message, meet
 from handoff.core.old import Effect, Event, State
 from handoff.core.record import Record, Result, Step
@@ -51,7 +52,7 @@ class Old:
         generation: int,
         application: Application,
         deadlines: Deadlines,
-        command: Sequence[str],
+        launch: Launch,
         *,
         ready: bool,
         last: Record | None = None,
@@ -65,8 +66,8 @@ class Old:
         self._application = application
         self._defaults = deadlines
         self._deadlines = deadlines  # of the upgrade that runs
-        self._command = command
-        self._next_command = command
+        self._launch = launch
+        self._next = launch  # of the upgrade that runs
         self._predecessor = predecessor  # the session to the generation before, while that one drains; owned
         self._record: Record | None = None  # of the upgrade that runs
         self._new: Successor | None = None  # owned
@@ -88,6 +89,7 @@ class Old:
             self._timeout,
             self._timed_out,
         )
+        self._keep_launch()
 
     @property
     def state(self) -> State:
@@ -120,7 +122,7 @@ class Old:
 
     def upgrade(self, command: Sequence[str] | None = None) -> None:
         """Upgrade, asked from inside the program; a refusal is logged."""
-        self._machine.feed(Event.UPGRADE_ASKED, lambda: self._begin(command or self._command, self._defaults))
+        self._machine.feed(Event.UPGRADE_ASKED, lambda: self._begin(self._changed(command), self._defaults))
 
     def fewer_connections(self) -> None:
         """A connection was closed, or the new generation has ended."""
@@ -202,7 +204,7 @@ class Old:
             "listeners": addresses[:_MOST_LISTED],
             "listener_count": len(addresses),
             "connections": self._application.left(),
-            "command": list(self._command),
+            "command": list(self._launch.command),
             "deadlines": attrs.asdict(self._deadlines),
         }
         if self.last:
@@ -338,7 +340,6 @@ class Old:
         self._machine.feed(Event.TIMED_OUT, lambda: self._note_timeout(state, seconds))
 
     def _on_upgrade(self, session: Session, message: Message) -> None:
-        command = message.get("command") or self._command
         until = message.get("wait") or "commit"
         changes = {
             option: message.get(field)
@@ -348,19 +349,39 @@ class Old:
         try:
             if until not in _WAITS:
                 raise ValueError(f"wait is {until!r}; it takes {', '.join(_WAITS)}")
-            if not all(isinstance(word, str) and "\0" not in word for word in command):
-                raise ValueError("the command is not a list of words")
+            launch = self._launch_of(message)
             deadlines = attrs.evolve(self._defaults, **changes)
         except ValueError as error:
             session.send(Kind.ERROR, code="bad-message", reason=str(error))
             return
-        self._machine.feed(Event.UPGRADE_ASKED, lambda: self._begin(command, deadlines, _Waiter(session, until)))
+        except HandoffError as error:
+            session.send(Kind.ERROR, code="no-launch", reason=str(error))
+            return
+        self._machine.feed(Event.UPGRADE_ASKED, lambda: self._begin(launch, deadlines, _Waiter(session, until)))
 
-    def _begin(self, command: Sequence[str], deadlines: Deadlines, waiter: _Waiter | None = None) -> None:
+    def _launch_of(self, message: Message) -> Launch:
+        """What an upgrade is to start. Raises ValueError, BadDirectory and Refused."""
+        if message.get("respawn"):
+            launch = self._directory.launch_before(self._generation)
+            if launch is None:
+                raise Refused(self._service, f"generation {self._generation} is the first one that is known here")
+            return launch
+        return self._changed(message.get("command"), message.get("cwd"), message.get("environment"))
+
+    def _changed(
+        self,
+        command: Sequence[str] | None = None,
+        cwd: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Launch:
+        """The launch of this generation with what is to be another; the environment is that of today."""
+        return self._launch.changed(command=command, cwd=cwd, environment={**os.environ, **(environment or {})})
+
+    def _begin(self, launch: Launch, deadlines: Deadlines, waiter: _Waiter | None = None) -> None:
         if self.state is not State.SPAWNING or self._new:  # refused
             return
         self._asked_at = self._spawned_at = time.monotonic()
-        self._next_command, self._deadlines = command, deadlines
+        self._next, self._deadlines = launch, deadlines
         self._record = self.last = Record(
             upgrade=os.urandom(8).hex(), service=self._service, old=self._generation, started=time.time()
         )
@@ -390,7 +411,7 @@ class Old:
             on_lost=self._on_lost,
         )
         try:
-            self._new.spawn(self._next_command, os.environ)
+            self._new.spawn(self._next)
         except (HandoffError, OSError) as error:
             reason = str(error)
             self._machine.feed(Event.CANNOT_SPAWN, lambda: self._note(reason))
@@ -459,6 +480,12 @@ class Old:
         try:
             self._directory.take_over(self._generation)
         except HandoffError as error:
+            _log.error("%s: generation %d: %s", self._service, self._generation, error)
+
+    def _keep_launch(self) -> None:
+        try:
+            self._directory.keep_launch(self._generation, self._changed())
+        except HandoffError as error:  # a later `rollback --respawn` has to do without
             _log.error("%s: generation %d: %s", self._service, self._generation, error)
 
     def _refuse(self) -> None:

@@ -73,7 +73,8 @@ class Service:
         """
         self.name: Final = name
         self._runtime_dir = runtime_dir
-        self._command = list(command) if command else processes.own_command()
+        launch = processes.own_launch()
+        self._launch = launch.changed(command=command, environment={}) if command else launch
         self._deadlines = Deadlines(ready=ready_timeout, probation=probation, drain=drain_timeout, grace=grace)
         self._signals = signals
         self.hooks: Final = Hooks()
@@ -103,7 +104,7 @@ class Service:
         upgrade = os.environ.pop(UPGRADE_VARIABLE, None)
         directory = RuntimeDirectory(self.name, self._runtime_dir, create=True)
         try:
-            control = Control(self.name, directory, self, self._deadlines, self._command, VERSION, upgrade)
+            control = Control(self.name, directory, self, self._deadlines, self._launch, VERSION, upgrade)
         except BaseException:
             directory.close()
             raise

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from handoff.core.errors import BadMessage
+from handoff.core.launch import Launch
 from handoff.core.messages import Kind, Message, batches
 from handoff.core.plan import LAST_WORDS, STDERR, Entry
 from handoff.linux import descriptors, processes
@@ -62,14 +63,15 @@ class Successor:
         """What it wrote to its standard error, the end of it; None where that isn't read or nothing came."""
         return (self._relay.last_words or None) if self._relay else None
 
-    def spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def spawn(self, launch: Launch) -> None:
         """Start the program. Blocks for milliseconds. Raises CannotSpawn, or OSError without descriptors left."""
         self._stderr = _own_stderr()
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             self._pipe = os.dup(reading)
             self._relay = Relay(self._loop, reading, self._stderr)
-            self._program = processes.spawn(command, {**environment, UPGRADE_VARIABLE: self._upgrade}, writing)
+            marked = launch.changed(environment={**launch.environment, UPGRADE_VARIABLE: self._upgrade})
+            self._program = processes.spawn(marked, writing)
         finally:
             os.close(writing)
         self._group = self._program.group
