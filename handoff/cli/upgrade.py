@@ -81,9 +81,7 @@ def environment(variables: Sequence[str], env_file: str | None) -> dict[str, str
 
         try:
             with open(env_file, encoding="utf-8") as file:
-                found = {
-                    name: value or "" for name, value in dotenv.dotenv_values(stream=file, interpolate=False).items()
-                }
+                values = dotenv.dotenv_values(stream=file, interpolate=False)
         except (OSError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--env-file {env_file}: {getattr(error, 'strerror', None) or error}") from None
         found = {variable: value or "" for variable, value in values.items()}
