@@ -35,8 +35,8 @@ class Application(Protocol):
     def mend(self) -> None:
         """Another generation has ended: what it may have taken away (a socket's path) is put back."""
 
-    def drain(self, drain: Drain, *, last: bool) -> None:
-        """Close every listener and finish what is open; `last`: no other generation has the listeners."""
+    def drain(self, drain: Drain, *, gone: Collection[str]) -> None:
+        """Close every listener and finish what is open; `gone`: the addresses that no other generation has."""
 
     def left(self) -> int:
         """How many connections are open."""

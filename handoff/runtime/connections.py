@@ -10,8 +10,11 @@ import socket
 import threading
 import time
 import weakref
+from typing import Final
 
 from handoff.runtime.watchers import Watchers
+
+_LONGEST: Final = 2_000_000  # seconds in one poll(2), which counts milliseconds in an int
 
 
 class Connection(socket.socket):
@@ -40,7 +43,7 @@ class Connection(socket.socket):
                 return True
             poll.unregister(tracker.draining)
         left = (tracker.idle_until or 0.0) - time.monotonic()
-        return bool(poll.poll(max(0.0, left) * 1000))
+        return bool(poll.poll(min(max(0.0, left), _LONGEST) * 1000))
 
     def detach(self) -> int:
         """Give up the descriptor, as socket.detach does; it is still counted until whoever has it now closes it."""
@@ -59,6 +62,8 @@ class Connection(socket.socket):
         self.settimeout(0)  # of the Python object: else peek() would wait when the buffer is empty
         try:
             return bool(reader.peek(1))
+        except ConnectionError:  # reset: the application reads the end of file
+            return True
         finally:
             self.settimeout(timeout)
 

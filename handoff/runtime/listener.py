@@ -86,43 +86,28 @@ class Listener:
 
     def __iter__(self) -> Iterator[tuple[Connection, Any]]:
         with contextlib.ExitStack() as stack:
+            # Only who has to wait pays for these; after making one look again, or a change would be missed.
             woken: _Woken | None = None
+            relief: _Relief | None = None
             while self._gate is not Gate.ENDED:
                 try:
                     accepted = self.accept_now()
                     if not accepted and woken is None:
-                        # Only who has to wait pays for it; then look again, or a change would be missed.
                         woken = stack.enter_context(_Woken(self.changes))
                         continue
                 except OSError as error:
                     if error.errno not in EXHAUSTED:
                         raise
+                    if relief is None:
+                        relief = stack.enter_context(_Relief(self.changes, self._connections.fewer))
+                        continue
                     _log.warning("%s: out of descriptors; clients wait until a connection is closed", self.address)
-                    self._wait_for_relief()
+                    relief.wait()
                     continue
                 if accepted:
                     yield accepted
                 elif woken:
                     woken.wait(self._socket.fileno() if self._gate is Gate.OPEN else None)
-
-    def _wait_for_relief(self) -> None:
-        """Wait until a connection is closed, the gate changes, or RELIEF is over; takes no descriptor."""
-        told = threading.Lock()  # a bare lock, not an Event: a finaliser may tell while this very thread waits
-        told.acquire()
-
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # told already
-                told.release()
-
-        sources = (self.changes, self._connections.fewer)
-        for source in sources:
-            source.add(tell)
-        try:
-            if self._gate is not Gate.ENDED:
-                told.acquire(timeout=RELIEF)
-        finally:
-            for source in sources:
-                source.remove(tell)
 
     def accept_now(self) -> tuple[Connection, Any] | None:
         """Accept what is there; None where nothing is, or where this generation is not to accept. Does not block.
@@ -204,3 +189,29 @@ class _Woken:
 
     def _wake(self) -> None:
         os.eventfd_write(self._descriptor, 1)
+
+
+class _Relief:
+    """Tells the calling thread that a connection was closed or the gate has changed; takes no descriptor."""
+
+    def __init__(self, *sources: Watchers) -> None:
+        self._sources = sources
+        self._told = threading.Lock()  # bare, not an Event: a finaliser may tell while this very thread waits
+        self._told.acquire()
+
+    def __enter__(self) -> _Relief:
+        for source in self._sources:
+            source.add(self._tell)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self._sources:
+            source.remove(self._tell)
+
+    def wait(self) -> None:
+        """Wait until told, or until RELIEF is over: other descriptors are closed too."""
+        self._told.acquire(timeout=RELIEF)
+
+    def _tell(self) -> None:
+        with contextlib.suppress(RuntimeError):  # told already
+            self._told.release()

@@ -351,7 +351,7 @@ class New:
         self._drain = Drain(
             began=time.monotonic(), open=left, grace=self._deadlines.grace, timeout=self._deadlines.drain
         )
-        self._application.drain(self._drain, last=False)
+        self._application.drain(self._drain, gone=[f"unix://{path}" for path, _, _ in self._ready.get("paths", ())])
         self._done(Step.DRAIN)
         self.fewer_connections()
 

@@ -457,7 +457,8 @@ class Old:
         if self._record:
             self._record.open = left
         self._last = self.state is State.STOPPING
-        self._application.drain(self._drain, last=self._last)
+        everything = [entry.address for entry, _ in self._application.entries()]
+        self._application.drain(self._drain, gone=everything if self._last else self._unclaimed)
         if self._record:
             self._application.told(Step.DRAIN, self._record)
         self.fewer_connections()

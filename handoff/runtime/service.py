@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from handoff.core.address import parse
 from handoff.core.deadlines import Deadlines
@@ -24,10 +24,14 @@ from handoff.runtime.control import Control
 from handoff.runtime.directory import RuntimeDirectory
 from handoff.runtime.hooks import Hook, Hooks
 from handoff.runtime.listener import Gate, Listener
+from handoff.runtime.loop import READ
 from handoff.runtime.new import New
 from handoff.runtime.old import Old
 from handoff.runtime.successor import UPGRADE_VARIABLE
 from handoff.runtime.watchers import Watchers
+
+if TYPE_CHECKING:
+    from handoff.linux.inotify import Inotify
 
 _LOOK: Final = 0.1  # seconds between two looks for connections whose end nobody tells, while draining
 _log = logging.getLogger(__name__)
@@ -89,6 +93,7 @@ class Service:
         self._ended = threading.Event()
         self._error: HandoffError | None = None
         self._ready = False
+        self._paths: Inotify | None = None  # owned
         self._previous_handlers: dict[int, Any] = {}
         self._pid = 0
 
@@ -245,18 +250,23 @@ class Service:
         """Apply what has changed of the kept listeners' options, and see to their paths."""
         for listener in self._listeners:
             listener.apply_options()
+        self._watch_paths()
         self.mend()
 
     def mend(self) -> None:
         """Put paths back that somebody unlinked."""
+        if self._paths:
+            self._paths.clear()
         for listener in self._listeners:
             if listener.entry.inode and sockets.restore(listener.path, listener.entry.inode):
                 _log.warning("%s: %s was unlinked by somebody, and is back", self.name, listener.path)
 
-    def drain(self, drain: Drain, *, last: bool) -> None:
+    def drain(self, drain: Drain, *, gone: Collection[str]) -> None:
         """Close the listeners, wake who waits for a request, and look until nothing is open."""
+        if self._paths and self._control:
+            self._control.loop.forget(self._paths.descriptor)
         for listener in self._listeners:
-            if last and listener.entry.inode:
+            if listener.address in gone and listener.entry.inode:
                 sockets.unlink_own(listener.path, listener.entry.inode)
             listener.close()
         self.open.begin_drain(drain.idle_until)
@@ -306,6 +316,20 @@ class Service:
         if self._control and not self._ended.is_set():
             self._control.loop.after(_LOOK, self._look)
 
+    def _watch_paths(self) -> None:
+        """Have paths put back at once: a server library of the old generation may unlink what it once bound."""
+        directories = {os.path.dirname(listener.path) for listener in self._listeners if listener.path}
+        if not directories or not self._control:
+            return
+        from handoff.linux.inotify import Inotify  # ctypes: needed for this only
+
+        try:
+            self._paths = Inotify(*directories)
+        except OSError as error:
+            _log.warning("%s: the paths of its sockets can't be watched: %s", self.name, error)
+            return
+        self._control.loop.watch(self._paths.descriptor, READ, self.mend)
+
     def _still_there(self) -> None:
         _log.error(
             "%s: generation %d has ended; %g s later the application has not left its Service: ending the process",
@@ -326,6 +350,8 @@ class Service:
         for opened in self._inherited:
             opened.socket.close()
         self._inherited.clear()
+        if self._paths:
+            self._paths.close()
         self.open.close()
         _services.discard(self)
 
