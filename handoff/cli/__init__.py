@@ -11,7 +11,7 @@ import click
 
 from handoff.core.version import VERSION
 
-COMMANDS: Final = ("abort", "list", "rollback", "status", "upgrade")
+COMMANDS: Final = ("abort", "completion", "list", "man", "rollback", "status", "stop", "upgrade", "wait")
 
 
 class _Commands(click.Group):
@@ -49,6 +49,8 @@ def group(context: click.Context, runtime_dir: str | None) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of `handoff`."""
+    if "_HANDOFF_COMPLETE" in os.environ:  # a shell asks for completions: click answers and exits
+        group.main(prog_name="handoff")
     from handoff.cli.output import exit_status_of, say
     from handoff.core.errors import HandoffError
 

@@ -7,12 +7,13 @@ from typing import Any
 import click
 
 from handoff.cli.end import end
-from handoff.cli.upgrade import timing, upgrade
+from handoff.cli.options import service_name, timing
+from handoff.cli.upgrade import upgrade
 from handoff.core.messages import Kind
 
 
 @click.command(name="rollback")
-@click.argument("name")
+@service_name
 @click.option("--respawn", is_flag=True, help="Upgrade to the command of the generation before: after the commit too.")
 @timing
 @click.pass_obj

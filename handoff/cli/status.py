@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
+from handoff.cli.options import service_name
 from handoff.cli.output import answer
 from handoff.core.record import Record, Result
 from handoff.runtime.client import Client
 
 
 @click.command(name="status")
-@click.argument("name")
+@service_name
 @click.option("--json", "as_json", is_flag=True, help="Print the state as JSON.")
 @click.pass_obj
 def command(runtime_dir: str | None, name: str, as_json: bool) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import click
 
+from handoff.cli.options import service_name, timing
 from handoff.cli.output import Exit, say, tell
 from handoff.core.errors import HandoffError, NotRunning
 from handoff.core.messages import Kind, Message
@@ -20,30 +21,8 @@ _TICK: Final = 0.1  # seconds between two redraws of the moving line
 _ORDER: Final = (Step.SPAWN, Step.ADOPT, Step.READY, Step.CUTOVER, Step.PROBATION, Step.COMMIT, Step.DRAIN)
 
 
-_SECONDS: Final = click.FloatRange(min=0, max=1e9)
-
-
-def timing(function: Callable[..., int]) -> Callable[..., int]:
-    """The options that every command which upgrades has."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print the record of the upgrade as JSON."),
-        click.option("--drain-timeout", type=_SECONDS, metavar="S", help="How long the old one may take to finish."),
-        click.option("--probation", type=_SECONDS, metavar="S", help="How long the new one is watched."),
-        click.option("--timeout", type=_SECONDS, metavar="S", help="How long the new program may take to be ready."),
-        click.option(
-            "--wait",
-            type=click.Choice(["cutover", "commit", "exit"]),
-            default="commit",
-            show_default=True,
-            help="Return when the new generation accepts, when it is committed, or when the old one has drained.",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
 @click.command(name="upgrade")
-@click.argument("name")
+@service_name
 @click.argument("new_command", nargs=-1, type=click.UNPROCESSED, metavar="[-- NEW COMMAND ...]")
 @click.option("--env", "variables", multiple=True, metavar="K=V", help="A variable of the new program's environment.")
 @click.option("--env-file", type=click.Path(dir_okay=False), help="A file of such variables, K=V on each line.")

@@ -48,6 +48,7 @@ class Kind(str, enum.Enum):
     # a command asks the generation in charge, and is answered; `rollback` is one of them too
     UPGRADE = "upgrade"
     STATUS = "status"
+    WAIT = "wait"  # answered with `state` once it serves
     ABORT = "abort"
     STEP = "step"
     STATE = "state"
@@ -118,6 +119,7 @@ FIELDS: Final[Mapping[Kind, Mapping[str, tuple[tuple[type, ...], bool]]]] = {
         "drain_timeout": (_SECONDS, False),
     },
     Kind.STATUS: {},
+    Kind.WAIT: {},
     Kind.ABORT: {},
     Kind.STEP: {"step": (_TEXT, True), "seconds": (_SECONDS, True)},
     Kind.STATE: {"state": (_OBJECT, True)},

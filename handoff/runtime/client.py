@@ -94,18 +94,21 @@ class Client:
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(max(0.0, seconds) * 1000))
 
-    def state(self) -> dict[str, Any]:
-        """What `status` tells. Raises NoAnswer, Refused and, when the generation ends just now, NotRunning."""
-        until = time.monotonic() + PATIENCE
+    def state(self, kind: Kind = Kind.STATUS, seconds: float = PATIENCE) -> dict[str, Any]:
+        """What `status` tells; with Kind.WAIT, once the service serves.
+
+        Raises NoAnswer, Refused and, when the generation ends just now, NotRunning.
+        """
+        until = time.monotonic() + seconds
         try:
-            self.send(Kind.STATUS)
+            self.send(kind)
             while message := self.receive(until - time.monotonic()):
                 if message.kind is Kind.STATE:
                     state: dict[str, Any] = message["state"]
                     return state
         except Ended:
             raise NotRunning(self.service, self._path) from None
-        raise NoAnswer(self.service, self._pid, PATIENCE)
+        raise NoAnswer(self.service, self._pid, seconds)
 
 
 def successors(service: str, runtime_dir: str | None, after: int) -> list[int]:

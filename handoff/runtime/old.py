@@ -76,6 +76,7 @@ class Old:
         self._asked_at = 0.0
         self._spawned_at = 0.0
         self._waiters: list[_Waiter] = []
+        self._until_serving: list[Session] = []
         self._asked: tuple[Session, Kind] | None = None  # the request that is just being decided
         self._drain: Drain | None = None
         self._last = False  # nobody follows
@@ -101,6 +102,9 @@ class Old:
     def app_ready(self, *, added: int, unclaimed: Sequence[int], paths: Sequence[tuple[str, int, int]]) -> None:
         """The application of a generation that nobody precedes is ready; there is nobody to tell what it has."""
         self._machine.feed(Event.APP_READY)
+        for session in self._until_serving:
+            session.send(Kind.STATE, state=self.status())
+        self._until_serving.clear()
 
     def leave(self, reason: str, *, failed: bool) -> None:
         """The application's main thread has left, by an error if `failed`.
@@ -137,6 +141,10 @@ class Old:
         self._asked = session, message.kind
         match message.kind:
             case Kind.STATUS:
+                session.send(Kind.STATE, state=self.status())
+            case Kind.WAIT if self.state is State.STARTING:
+                self._until_serving.append(session)
+            case Kind.WAIT:
                 session.send(Kind.STATE, state=self.status())
             case Kind.UPGRADE:
                 self._on_upgrade(session, message)
