@@ -46,10 +46,13 @@ class Service:
         self._service = service.Service(name, signals=False, **options)
         self._signals = signals
         self._acceptors: list[_Acceptor] = []
-        self._hook_tasks: set[asyncio.Task[None]] = set()
+        self._last_hook: asyncio.Task[None] | None = None
+        self._goodbyes: list[Callable[[], Awaitable[object]]] = []
+        self._saying: set[asyncio.Task[None]] = set()
         self._idle: set[_Idle] = set()
         self._over = asyncio.Event()
-        self._ended = False  # the grace time
+        self._drain_began = False
+        self._grace_over = asyncio.Event()
 
     async def __aenter__(self) -> Service:
         """Take over, if this program was started for that. Raises as `handoff.Service.__enter__` does."""
@@ -72,6 +75,11 @@ class Service:
         finally:
             for acceptor in self._acceptors:
                 acceptor.close()
+            if self._last_hook:
+                await asyncio.wait([self._last_hook], timeout=self._service.leave_timeout)
+            for task in self._saying:
+                task.cancel()
+            await asyncio.gather(*self._saying, return_exceptions=True)
 
     @property
     def generation(self) -> int:
@@ -82,6 +90,11 @@ class Service:
     def draining(self) -> bool:
         """Whether this generation only finishes its connections: tell their peers, `Connection: close` in HTTP."""
         return self._service.draining
+
+    @property
+    def drain_until(self) -> float | None:
+        """When (time.monotonic()) a generation that drains closes what is left; None: it does not drain."""
+        return self._service.drain_until
 
     @property
     def connections(self) -> int:
@@ -131,7 +144,22 @@ class Service:
             if not data:
                 return  # the peer has closed, or sent nothing for the grace time
         """
-        return _Idle(self._idle, self._ended)
+        return _Idle(self._idle, self._grace_over.is_set())
+
+    def goodbye(self, say: Callable[[], Awaitable[object]]) -> None:
+        """Run `await say()` when this generation begins to finish its connections: replaced, rolled back or stopped.
+
+        For what a protocol tells its peers then, a close frame or GOAWAY; never run in probation, in which the
+        connections may still be this generation's to keep. Cancelled when no connection is left.
+        """
+        self._goodbyes.append(say)
+
+    async def grace_over(self) -> None:
+        """Wait until draining outlasts the grace time: connections that are idle may be closed from then on.
+
+        For protocols that have no task in which to wait within `idle()`.
+        """
+        await self._grace_over.wait()
 
     def stop(self) -> None:
         """Finish and end, without a successor; the second call ends at once."""
@@ -150,24 +178,34 @@ class Service:
             self._loop.call_soon_threadsafe(call, *arguments)
 
     def _run_hook(self, hook: hooks.Hook, record: Record) -> None:
-        task = self._loop.create_task(_call(hook, record))
-        self._hook_tasks.add(task)
-        task.add_done_callback(self._hook_tasks.discard)
+        self._last_hook = self._loop.create_task(_call(hook, record, self._last_hook))
 
     def _finish(self) -> None:
-        if self._over.is_set():
-            return
         self._over.set()
-        until = self._service.open.idle_until
-        self._loop.call_later(max(0.0, (until or 0.0) - time.monotonic()), self._end_idle)
+        until = self._service.idle_until
+        if until is None or self._drain_began:  # one that was rolled back is told of that first, then of its drain
+            return
+        self._drain_began = True
+        for say in self._goodbyes:
+            self._saying.add(self._loop.create_task(_say(say)))
+        self._loop.call_later(max(0.0, until - time.monotonic()), self._end_idle)
 
     def _end_idle(self) -> None:
-        self._ended = True
+        self._grace_over.set()
         for idle in list(self._idle):
             idle.end()
 
 
-async def _call(hook: hooks.Hook, record: Record) -> None:
+async def _say(say: Callable[[], Awaitable[object]]) -> None:
+    try:
+        await say()
+    except Exception:  # noqa: BLE001  # the application's code
+        _log.exception("a goodbye failed")
+
+
+async def _call(hook: hooks.Hook, record: Record, before: asyncio.Task[None] | None) -> None:
+    if before:  # hooks run one after another
+        await asyncio.wait([before])
     result = hooks.call(hook, record)
     if asyncio.iscoroutine(result):
         try:

@@ -30,6 +30,7 @@ class _Commands(click.Group):
 
 @click.command(
     cls=_Commands,
+    no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit status: 0 done; 1 refused or rolled back (the old generation serves on); 2 wrong usage; "
     "3 no such service; 4 another upgrade is running; 5 timed out; 130 left with Ctrl-C.",
@@ -57,8 +58,8 @@ def main() -> None:
     try:
         status = group.main(prog_name="handoff", standalone_mode=False)
     except click.UsageError as error:
-        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
-        say(f"{error.format_message().rstrip('.')}{hint}")
+        path = error.ctx.command_path if error.ctx else "handoff"
+        say(f"{error.format_message().rstrip('.')}; see `{path} --help`")
         status = 2
     except click.exceptions.Exit as error:
         status = error.exit_code

@@ -24,6 +24,4 @@ def end(name: str, runtime_dir: str | None, kind: Kind, *, as_json: bool) -> int
     if message is None:
         say(f"{name}: no outcome in {patience:g} s; `handoff status {name}` tells how it goes on")
         return Exit.TIMED_OUT
-    record = Record.from_json(message["record"])
-    status = tell(record, as_json=as_json)
-    return Exit.DONE if record.result == Result.ROLLED_BACK else status or Exit.REFUSED
+    return tell(Record.from_json(message["record"]), as_json=as_json, wanted=Result.ROLLED_BACK)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import click
 
-SECONDS: Final = click.FloatRange(min=0, max=1e9)
+
+class _Seconds(click.FloatRange):
+    """A time; click's own range lets "nan" pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS: Final = _Seconds(min=0, max=1e9)
 
 
 def _names(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:

@@ -49,11 +49,11 @@ def answer(body: Mapping[str, Any]) -> None:
     click.echo(json.dumps(body))
 
 
-def tell(record: Record, *, as_json: bool) -> int:
-    """Print how an upgrade ended, or how far it is; returns the exit status."""
+def tell(record: Record, *, as_json: bool, wanted: Result = Result.COMMITTED) -> int:
+    """Print how an upgrade ended, or how far it is; returns the exit status, 0 where it ended as `wanted`."""
     if as_json:
         answer(record.to_json())
-    if record.result == Result.COMMITTED or record.result is None:
+    if record.result == wanted or record.result is None:
         if not as_json:
             click.echo(f"{record.service}: {_outcome(record)}")
         return Exit.DONE

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, Final
 
 import click
 
 from handoff.cli.options import service_name, timing
 from handoff.cli.output import Exit, say, tell
-from handoff.core.errors import HandoffError, NotRunning
+from handoff.core.errors import HandoffError, NotRunning, Refused
 from handoff.core.messages import Kind, Message
 from handoff.core.record import Record, Step
+from handoff.core.refusal import UPGRADING
 from handoff.runtime.client import PATIENCE, Client, Ended, successors
 
 _TICK: Final = 0.1  # seconds between two redraws of the moving line
@@ -91,7 +95,7 @@ def upgrade(name: str, runtime_dir: str | None, changes: dict[str, Any], **optio
             if wait == "exit":
                 client.wait_for_end(PATIENCE)  # it has finished its connections; what is left is the interpreter's end
         finally:
-            waiting.clear()
+            waiting.close()
     if record is None:
         say(f"{name}: no outcome in {patience:g} s; `handoff status {name}` tells how it goes on")
         return Exit.TIMED_OUT
@@ -114,8 +118,12 @@ class _Waiting:
         self._until = time.monotonic() + patience
         self._began = time.monotonic()
         self._last: Step | None = None
-        self._moving = sys.stderr.isatty()
-        self._ending = False
+        self._moving = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self._asked: Kind | None = None  # how it was asked to end
+        # A handler, since KeyboardInterrupt would strike between a message and what is made of it.
+        self._previous = signal.getsignal(signal.SIGINT)
+        if self._previous is signal.default_int_handler:  # else it is ignored: a shell started this in its background
+            signal.signal(signal.SIGINT, self._interrupted)
 
     def record(self) -> Record | None:
         """Wait for the outcome; None when none comes in time."""
@@ -123,8 +131,8 @@ class _Waiting:
             self._draw()
             try:
                 message = self._client.receive(min(left, _TICK) if self._moving else left)
-            except KeyboardInterrupt:
-                self._end()
+            except Refused as error:
+                self._refused(error)
                 continue
             if message and message.kind is Kind.RESULT:
                 return Record.from_json(message["record"])
@@ -132,26 +140,44 @@ class _Waiting:
                 self._show(message)
         return None
 
-    def clear(self) -> None:
-        """Remove the moving line."""
+    def close(self) -> None:
+        """Remove the moving line, and give Ctrl-C its usual meaning again."""
+        signal.signal(signal.SIGINT, self._previous)
+        self._clear()
+
+    def _clear(self) -> None:
         if self._moving:
             click.echo("\r\x1b[K", nl=False, err=True)
 
-    def _end(self) -> None:
-        if self._ending:
+    def _interrupted(self, _: int, __: FrameType | None) -> None:
+        if self._asked:
             raise KeyboardInterrupt
-        self._ending = True
-        self.clear()
-        accepts = self._last in (Step.CUTOVER, Step.PROBATION)
-        click.echo("ending the upgrade; Ctrl-C again leaves it to itself", err=True)
-        self._client.send(Kind.ROLLBACK if accepts else Kind.ABORT)
+        self._asked = Kind.ROLLBACK if self._last in (Step.CUTOVER, Step.PROBATION) else Kind.ABORT
+        committed = self._last in (Step.COMMIT, Step.DRAIN)
+        if not committed:
+            with contextlib.suppress(Ended):  # who waits for the outcome sees it too
+                self._client.send(self._asked)
+        self._clear()
+        what = "it is committed, too late to end it" if committed else "ending the upgrade"
+        click.echo(f"{what}; Ctrl-C again leaves it to itself", err=True)
+
+    def _refused(self, error: Refused) -> None:
+        """A refusal is of the upgrade itself, or of its end, for which a step came in between: then it goes on."""
+        if self._asked is None or error.code == UPGRADING:
+            raise error
+        if self._asked is Kind.ABORT and error.code == "too-late":
+            self._asked = Kind.ROLLBACK
+            self._client.send(self._asked)
+            return
+        self._clear()
+        click.echo(f"it can't be ended any more: {error.reason}", err=True)
 
     def _show(self, message: Message) -> None:
         if message.kind is not Kind.STEP:
             return
-        self.clear()
-        click.echo(f"  {message['step']:<10}{message['seconds']:8.3f} s", err=True)
         self._last = Step(message["step"]) if message["step"] in set(Step) else self._last
+        self._clear()
+        click.echo(f"  {message['step']:<10}{message['seconds']:8.3f} s", err=True)
 
     def _draw(self) -> None:
         if self._moving:

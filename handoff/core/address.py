@@ -68,7 +68,9 @@ def _host_and_port(text: str, place: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise BadAddress(text, "an IPv6 address stands in brackets, as in tcp://[::1]:8080")
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+    if not host or any(character in "[]\0" for character in host):
+        raise BadAddress(text, f"host {host!r} is no name and no address")
+    if not _is_number(port, 65535):
         raise BadAddress(text, f"port {port!r} is not a number from 0 to 65535")
     return host, int(port)
 
@@ -96,6 +98,11 @@ def _options(text: str, query: str, known: Mapping[str, Callable[[str, str, str]
     return options
 
 
+def _is_number(text: str, most: int) -> bool:
+    # int() itself refuses more than 4300 digits, with an error of its own
+    return text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most
+
+
 def _flag(text: str, name: str, value: str) -> bool:
     if value.lower() in _TRUE:
         return True
@@ -105,7 +112,7 @@ def _flag(text: str, name: str, value: str) -> bool:
 
 
 def _backlog(text: str, name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 2**31 - 1):
+    if not _is_number(value, 2**31 - 1) or int(value) == 0:
         raise BadAddress(text, f"{name}={value} is not a number from 1 to 2147483647")
     return int(value)
 

@@ -12,6 +12,10 @@ import attrs
 class HandoffError(Exception):
     """Base of every error that this package raises on purpose."""
 
+    def __reduce__(self) -> tuple[type[HandoffError], tuple[object, ...]]:
+        # Exception's own sets the fields one by one in the copy, which is frozen.
+        return type(self), self.args
+
 
 @attrs.frozen(eq=False, repr=False, slots=False)
 class BadAddress(HandoffError):

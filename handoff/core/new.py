@@ -154,6 +154,8 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], Outcome]] = {
     (State.ROLLED_BACK, Event.ROLLBACK): (State.ROLLED_BACK, (Effect.SEND_ROLLED_BACK,)),
     (State.ROLLED_BACK, Event.DRAINED): _OVER,
     (State.ROLLED_BACK, Event.TIMED_OUT): _OVER,
+    # Asked to stop and told to roll back at once: an answer says that it finishes, and need not be killed.
+    (State.STOPPING, Event.ROLLBACK): (State.STOPPING, (Effect.SEND_ROLLED_BACK,)),
     (State.STOPPING, Event.DRAINED): _OVER,
     (State.STOPPING, Event.TIMED_OUT): _OVER,
 }

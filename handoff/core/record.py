@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -62,7 +62,27 @@ class Record:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Record:
         """Read a record of this or a later version. Raises BadMessage."""
+        known = {name: body[name] for name in attrs.fields_dict(cls) if name in body}
+        for name, value in known.items():
+            if type(value) not in _TYPES.get(name, (int, type(None))):
+                raise BadMessage(f"a record whose {name!r} is a {type(value).__name__}")
+        if not all(type(seconds) in (int, float) for seconds in known.get("steps", {}).values()):
+            raise BadMessage("a record whose steps are no times")
         try:
-            return cls(**{name: body[name] for name in attrs.fields_dict(cls) if name in body})
+            return cls(**known)
         except TypeError:
             raise BadMessage("a record that lacks the upgrade, the service or the old generation") from None
+
+
+# What the fields of a record are in JSON; those that aren't listed are whole numbers or unknown.
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "upgrade": (str,),
+    "service": (str,),
+    "old": (int,),
+    "started": (int, float),
+    "steps": (dict,),
+    "result": (str, type(None)),
+    "seconds": (int, float, type(None)),
+    "reason": (str, type(None)),
+    "last_words": (str, type(None)),
+}

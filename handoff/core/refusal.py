@@ -26,13 +26,15 @@ def refusal(asked: Kind, state: State, service: str, generation: int) -> tuple[s
             return "running", f"{me} is running, and did not start the one that called"
         case State.SERVING:
             return "no-upgrade", f"no upgrade is running that could be ended; {me} serves"
+    ending = state in (State.COMMITTING, State.ROLLING_BACK, State.KILLING)
     if asked in (Kind.UPGRADE, Kind.HELLO):
+        way_out = f"`handoff {'abort' if state in BEFORE_CUTOVER else 'rollback'} {service}`"
         return UPGRADING, (
-            f"generation {generation} is already being replaced ({state.value}); wait for it, or end it with "
-            f"`handoff {'abort' if state in BEFORE_CUTOVER else 'rollback'} {service}`"
+            f"{me} is already being replaced ({state.value}); wait for it"
+            + ("" if ending else f", or end it with {way_out}")
         )
-    if state in (State.COMMITTING, State.ROLLING_BACK, State.KILLING):
-        return "too-late", f"the upgrade is already ending ({state.value})"
+    if ending:
+        return "too-late", f"the upgrade is already ending ({state.value}); see `handoff status {service}`"
     if asked is Kind.ABORT:
         return "too-late", f"the new generation accepts already; take it back with `handoff rollback {service}`"
     return "too-early", f"the new generation does not accept yet; end the upgrade with `handoff abort {service}`"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # which may have threads and gigabytes, nor a bare Python (7 ms against 1) would do better. It is no child of ours
 # afterwards, so that a service manager sees its end. The trap lets TERM to the group end the program, not the shell.
 _PARENT: Final = 'trap : HUP INT TERM; "$@"; exit $?'
+_LONGEST_SHOWN: Final = 500  # characters
 _PIDFD_GET_INFO: Final = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), linux/pidfd.h, Linux 6.13
 _PIDFD_INFO_EXIT: Final = 1 << 3  # since Linux 6.15
 
@@ -107,11 +108,11 @@ def spawn(launch: Launch, stderr: int) -> Program:
     """
     import subprocess  # 2 ms at import, needed at an upgrade only
 
-    name = launch.command[0] if launch.command else "nothing"
+    name = _shown(launch.command[0]) if launch.command else "nothing"
     if not os.path.isdir(launch.cwd):
-        raise CannotSpawn(name, f"its working directory {launch.cwd} is gone; name another one with --cwd")
-    if not launch.command or not _is_executable(name, launch):
-        raise CannotSpawn(name, f"no such command in {launch.cwd} or on its PATH, or it may not be executed")
+        raise CannotSpawn(name, f"its working directory {_shown(launch.cwd)} is gone; name another one with --cwd")
+    if not launch.command or not _is_executable(launch.command[0], launch):
+        raise CannotSpawn(name, f"no such command in {_shown(launch.cwd)} or on its PATH, or it may not be executed")
     environment = {**launch.environment, "PWD": launch.cwd}
     try:
         shell = subprocess.Popen(
@@ -123,12 +124,19 @@ def spawn(launch: Launch, stderr: int) -> Program:
         )
     except OSError as error:
         raise CannotSpawn(name, f"{error.strerror} ({error.filename or 'fork'})") from None
+    except ValueError as error:  # a NUL in the environment, or what the file system's encoding does not have
+        raise CannotSpawn(name, f"no program can be given these words ({error})") from None
     try:
         return Program(shell, os.pidfd_open(shell.pid), shell.pid)
     except OSError as error:
         shell.kill()
         shell.wait()
         raise CannotSpawn(name, str(error.strerror)) from None
+
+
+def _shown(text: str) -> str:
+    """A text for an error, which goes into packets: cut where no sensible path is that long."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _is_executable(name: str, launch: Launch) -> bool:

@@ -11,6 +11,7 @@ from typing import Final
 
 READ: Final = select.POLLIN
 WRITE: Final = select.POLLOUT
+_NEVER: Final = 1e9  # seconds, 30 years
 _LONGEST: Final = 3600.0  # seconds in one poll(2), which counts milliseconds in an int; then it is called again
 
 
@@ -59,7 +60,7 @@ class Loop:
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Call once in `seconds`."""
-        timer = Timer(time.monotonic() + seconds, call)
+        timer = Timer(time.monotonic() + min(seconds, _NEVER), call)  # an int may be too large for a float
         self._timers.append(timer)
         return timer
 

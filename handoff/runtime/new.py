@@ -189,8 +189,8 @@ class New:
         match message.kind:
             case Kind.DIALLING:
                 self._machine.feed(Event.DIALLING)
-            case Kind.REFUSED if message["code"] == DRAINING and self._upgrade is None:
-                # It only finishes its connections, and whoever it made room for is gone: the service is free.
+            case Kind.REFUSED if message["code"] in (DRAINING, "stopping") and self._upgrade is None:
+                # It only finishes its connections, and nobody follows, or not any more: the service is free.
                 self._machine.feed(Event.OLD_LOST)
             case Kind.REFUSED if message["code"] == "running":
                 self._refused(AlreadyRunning(self._service, message["generation"], self._old_pid))

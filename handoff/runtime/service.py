@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -80,6 +81,7 @@ class Service:
         launch = processes.own_launch()
         self._launch = launch.changed(command=command, environment={}) if command else launch
         self._deadlines = Deadlines(ready=ready_timeout, probation=probation, drain=drain_timeout, grace=grace)
+        self.leave_timeout: Final = self._deadlines.leave
         self._signals = signals
         self.hooks: Final = Hooks()
         self.finishing: Final = Watchers()  # told, from the control thread, when `wait` returns
@@ -93,6 +95,7 @@ class Service:
         self._ended = threading.Event()
         self._error: HandoffError | None = None
         self._ready = False
+        self._drain: Drain | None = None
         self._paths: Inotify | None = None  # owned
         self._previous_handlers: dict[int, Any] = {}
         self._pid = 0
@@ -131,7 +134,7 @@ class Service:
         reason = f"{kind.__name__}: {error}" if kind else "the application ended before it was ready"
         self._post(lambda role: role.leave(reason, failed=kind is not None))
         self._ended.wait()
-        self.hooks.finish(self._deadlines.leave)
+        self.hooks.finish(self.leave_timeout)
         self._close()
         if self._error and kind is None:
             raise self._error
@@ -148,6 +151,16 @@ class Service:
         Tell the peers of kept connections then, with `Connection: close` in HTTP.
         """
         return self.open.idle_until is not None
+
+    @property
+    def idle_until(self) -> float | None:
+        """Until when (time.monotonic()) a generation that drains keeps idle connections; None: it does not drain."""
+        return self._drain.idle_until if self._drain else None
+
+    @property
+    def drain_until(self) -> float | None:
+        """When (time.monotonic()) a generation that drains closes what is left; None: it does not drain."""
+        return self._drain.until if self._drain else None
 
     @property
     def connections(self) -> int:
@@ -269,6 +282,7 @@ class Service:
             if listener.address in gone and listener.entry.inode:
                 sockets.unlink_own(listener.path, listener.entry.inode)
             listener.close()
+        self._drain = drain
         self.open.begin_drain(drain.idle_until)
         self._over.set()
         self.finishing.tell()
@@ -337,12 +351,11 @@ class Service:
             self.generation,
             self._deadlines.leave,
         )
+        with contextlib.suppress(HandoffError):
+            RuntimeDirectory(self.name, self._runtime_dir).leave(self.generation)
         os._exit(1 if self._error else 0)
 
     def _close(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers.clear()
         if self._control:
             self._control.close()
         for listener in self._listeners:
@@ -353,6 +366,7 @@ class Service:
         if self._paths:
             self._paths.close()
         self.open.close()
+        self._restore_signals()  # last: a TERM that comes meanwhile must not leave the control socket there
         _services.discard(self)
 
     def _handle_signals(self) -> None:
@@ -362,6 +376,11 @@ class Service:
             if signal.getsignal(number) is default:
                 self._previous_handlers[number] = signal.signal(number, self._on_signal)
 
+    def _restore_signals(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers.clear()
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if os.getpid() == self._pid:
             self.stop()
@@ -370,6 +389,7 @@ class Service:
             os.kill(os.getpid(), number)
 
     def _abandon(self) -> None:
+        self._restore_signals()
         if self._control:
             self._control.abandon()
 

@@ -17,6 +17,7 @@ from handoff.core.messages import Kind, Message, decode, encode
 from handoff.linux import descriptors, processes, sockets
 from handoff.runtime.loop import READ, WRITE, Loop, Timer
 
+_LONGEST_REASON: Final = 1000  # characters; JSON in ASCII makes up to 12 bytes of one
 MAX_QUEUED: Final = 64  # packets for a peer that doesn't read; one more and it is given up
 
 
@@ -45,6 +46,7 @@ class Session:
         self._queue: collections.deque[tuple[bytes, Sequence[int]]] = collections.deque()
         self._verdict: Timer | None = None
         self._lost = False
+        self._given_up = False
         self.pidfd: int | None = None
         self.pid, self.uid = sockets.peer_credentials(connection)
         self.hand_over(on_message=on_message, on_error=on_error, on_closed=on_closed, on_lost=on_lost, verdict=verdict)
@@ -77,13 +79,19 @@ class Session:
     def send(self, kind: Kind, descriptors: Sequence[int] = (), **fields: Any) -> None:
         """Send a message, or queue it until the peer reads; the descriptors stay the caller's, open until it is sent.
 
-        A broken connection is not an error here: `on_closed` or `on_lost` tells of it. Raises BadMessage for a message
-        above the size of a packet.
+        A broken connection is not an error here: `on_closed` or `on_lost` tells of it. A reason that is too long, which
+        may quote what the peer sent, is cut; instead of an answer that is too long an error is sent. Raises BadMessage
+        for any other message above the size of a packet.
         """
         if self.closed:
             return
-        self._queue.append((encode(kind, **fields), descriptors))
+        if self._given_up:
+            return
+        packet = _encode(kind, fields)
+        self._queue.append((packet, descriptors))
         if len(self._queue) > MAX_QUEUED:
+            self._given_up = True  # before the call: whoever refuses a peer tells it why, which comes here again
+            self._queue.clear()
             self._on_error(f"{MAX_QUEUED} messages wait to be read")
             return
         self._flush()
@@ -94,6 +102,11 @@ class Session:
             self._verdict.cancel()
         if not self.closed:
             self._loop.forget(self._socket.fileno())
+            # Closed with something unread, the peer would read a reset before what it was told last.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RD)
+                while self._socket.recv(1):
+                    pass
             self._socket.close()
         if self.pidfd is not None:
             self._loop.forget(self.pidfd)
@@ -176,3 +189,14 @@ class Session:
             return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return False
+
+
+def _encode(kind: Kind, fields: dict[str, Any]) -> bytes:
+    try:
+        return encode(kind, **fields)
+    except BadMessage as error:
+        if isinstance(reason := fields.get("reason"), str):
+            return encode(kind, **{**fields, "reason": f"{reason[:_LONGEST_REASON]} ..."})
+        if kind in (Kind.STATE, Kind.RESULT):
+            return encode(Kind.ERROR, code="too-long", reason=str(error))
+        raise
