@@ -30,7 +30,7 @@ def test_upgrade(programs: Programs, example: str) -> None:
 
 @EXAMPLE
 def test_stop(programs: Programs, example: str, runtime_dir: Path) -> None:
-    """TERM ends the service with status 0, and nothing stays in its runtime directory but its number and its command."""
+    """TERM ends the service with status 0; only its number and its command stay in the runtime directory."""
     programs.example(example)
 
     os.kill(programs.started[0].pid, signal.SIGTERM)

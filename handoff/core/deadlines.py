@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from typing import Final
 
 import attrs
 
 from handoff.core import new, old
 
+LONGEST: Final = 1e9  # seconds: 30 years, which every clock and every float takes
+
 
 def _positive(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
-    if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-        raise ValueError(f"{attribute.name} is {value!r}; it takes seconds, 0 or more")
+    if not (isinstance(value, (int, float)) and 0 <= value <= LONGEST):
+        raise ValueError(f"{attribute.name} is {str(value)[:40]}; it takes seconds, from 0 to {LONGEST:g}")
 
 
 @attrs.frozen(kw_only=True)

@@ -68,6 +68,11 @@ class Control:
         """Call with the present role, in the control thread; from any thread and from signal handlers."""
         self.loop.post(lambda: call(self._role) if self._role else None)
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """End the thread, close everything and leave the runtime directory. Blocks until that is done."""
         if self._thread.is_alive() and self._thread is not threading.current_thread():

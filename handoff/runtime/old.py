@@ -189,7 +189,10 @@ class Old:
         if message.kind is Kind.STOP:
             self.stop()
         elif message.kind is Kind.DRAINED and self.last and message["record"].get("upgrade") == self.last.upgrade:
-            self.last = Record.from_json(message["record"])
+            try:
+                self.last = Record.from_json(message["record"])
+            except BadMessage as error:
+                _log.warning("%s: the record of generation %d: %s", self._service, self.last.old, error)
 
     def leave_predecessor(self) -> None:
         """The generation before has ended, or does not want to speak any more."""
@@ -453,12 +456,16 @@ class Old:
 
     def _commit(self) -> None:
         assert self._new and self._record
+        self._record.open = self._application.left()  # before anybody is told, who may end some of them
         self._done(Step.COMMIT)
         self._settle(Result.COMMITTED)
         self._new.stop_reading()
 
     def _begin_drain(self) -> None:
-        left = self._application.left()
+        if self._record and self._record.open is not None:
+            left = self._record.open
+        else:
+            left = self._application.left()
         self._drain = Drain(
             began=time.monotonic(), open=left, grace=self._deadlines.grace, timeout=self._deadlines.drain
         )

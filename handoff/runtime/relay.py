@@ -10,7 +10,7 @@ from typing import Final
 
 from handoff.runtime.loop import READ, WRITE, Loop, Timer
 
-LAST_WORDS: Final = 8192  # bytes kept
+LAST_WORDS: Final = 4096  # bytes kept: as JSON at most six times that, which fits into a packet with the rest
 _PIECE: Final = select.PIPE_BUF  # a pipe that poll(2) calls writable takes that much without blocking
 _MOST_PIECES: Final = 256  # a pipe's greatest size without privileges, 1 MiB (pipe(7)): more is written meanwhile
 _RETRY: Final = 0.05  # seconds, for a terminal that poll(2) calls writable and that takes nothing

@@ -382,9 +382,9 @@ class Service:
         self._previous_handlers.clear()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() == self._pid:
+        if os.getpid() == self._pid and self._control and self._control.running:
             self.stop()
-        else:  # a forked child inherits the handler, but is not the service
+        else:  # a forked child inherits the handler, but is not the service; nor is anybody without a control thread
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -10,13 +10,14 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from handoff.core.errors import BadDescriptors, BadMessage
 from handoff.core.messages import Kind, Message, decode, encode
 from handoff.linux import descriptors, processes, sockets
 from handoff.runtime.loop import READ, WRITE, Loop, Timer
 
+Received = TypeVar("Received")
 _LONGEST_REASON: Final = 1000  # characters; JSON in ASCII makes up to 12 bytes of one
 MAX_QUEUED: Final = 64  # packets for a peer that doesn't read; one more and it is given up
 
@@ -143,7 +144,7 @@ class Session:
 
     def _readable(self) -> None:
         try:
-            packet, received = descriptors.receive(self._socket)
+            packet, received = self._once_more(lambda: descriptors.receive(self._socket))
         except BlockingIOError:
             return
         except OSError:
@@ -186,9 +187,18 @@ class Session:
 
     def _has_packet(self) -> bool:
         try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return bool(self._once_more(lambda: self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)))
         except BlockingIOError:
             return False
+
+    @staticmethod
+    def _once_more(receive: Callable[[], Received]) -> Received:
+        # A peer that dies with something unread resets the connection: the kernel tells that first, and once; what
+        # the peer had sent is still there afterwards.
+        try:
+            return receive()
+        except ConnectionResetError:
+            return receive()
 
 
 def _encode(kind: Kind, fields: dict[str, Any]) -> bytes:

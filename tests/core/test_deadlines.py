@@ -75,10 +75,10 @@ def test_deadline_ends_a_new_one(state: new.State) -> None:
 
 
 @pytest.mark.parametrize("name", list(attrs.fields_dict(Deadlines)))
-@pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, "5", None])
+@pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, "5", None, 10**20])
 def test_refused(name: str, value: object) -> None:
     """What is no time is refused by name."""
-    with pytest.raises(ValueError, match=f"^{name} is {value!r}; it takes seconds, 0 or more$"):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it takes seconds, from 0 to 1e\\+09$"):
         Deadlines(**{name: value})  # type: ignore[arg-type]  # what a caller without types may do
 
 
