@@ -100,6 +100,9 @@ def has_descriptors(pid: int, count: int) -> bool:
     return descriptors(pid) == count
 
 
+IDLE = 8  # descriptors: 0, 1, 2, the listener, the control socket, the runtime directory, two eventfds
+
+
 @attrs.frozen
 class Size:
     """What a process has."""
@@ -116,16 +119,14 @@ def size(pid: int) -> Size:
 
 
 def settled(pid: int, address: str) -> Size:
-    """What a generation has when it is alone and idle, each thread that serves gone: the same count twice."""
+    """What a generation has when it has served, is idle and is alone: its main thread and the control thread are left.
+
+    It learns a moment after the command that the one before has ended, and only then closes the session to it.
+    """
     finish(hold(address))
-    found = [size(pid)]
-
-    def steady() -> bool:
-        found.append(size(pid))
-        return found[-1] == found[-2]
-
-    wait_until(steady, "a steady size")
-    return found[-1]
+    wait_until(lambda: size(pid).threads == 2, "two threads")
+    wait_until(lambda: descriptors(pid) == IDLE, f"{IDLE} descriptors")
+    return size(pid)
 
 
 @pytest.mark.timeout(300)

@@ -462,10 +462,8 @@ class Old:
         self._new.stop_reading()
 
     def _begin_drain(self) -> None:
-        if self._record and self._record.open is not None:
-            left = self._record.open
-        else:
-            left = self._application.left()
+        counted = self._record.open if self._record else None  # at commit, before anybody was told
+        left = self._application.left() if counted is None else counted
         self._drain = Drain(
             began=time.monotonic(), open=left, grace=self._deadlines.grace, timeout=self._deadlines.drain
         )
