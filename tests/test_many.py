@@ -100,7 +100,7 @@ def has_descriptors(pid: int, count: int) -> bool:
     return descriptors(pid) == count
 
 
-IDLE = 8  # descriptors: 0, 1, 2, the listener, the control socket, the runtime directory, two eventfds
+IDLE = 11  # descriptors: 0, 1, 2, listener, control socket, directory, three eventfds, a socket pair for signals
 
 
 @attrs.frozen

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -97,6 +98,7 @@ class Service:
         self._ready = False
         self._drain: Drain | None = None
         self._paths: Inotify | None = None  # owned
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None  # the control thread's end, Python's end
         self._previous_handlers: dict[int, Any] = {}
         self._pid = 0
 
@@ -375,15 +377,49 @@ class Service:
         for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
             if signal.getsignal(number) is default:
                 self._previous_handlers[number] = signal.signal(number, self._on_signal)
+        self._wake_on_signals()
+
+    def _wake_on_signals(self) -> None:
+        """Have the control thread told of every signal.
+
+        Python runs handlers in the main thread only, and one that arrives just before that thread blocks, or in
+        another thread, would wait until it wakes for another reason.
+        """
+        assert self._control
+        reading, writing = socket.socketpair()
+        for end in (reading, writing):
+            end.setblocking(False)
+        previous = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        if previous != -1:  # the application has one, and has to see to its signals itself
+            signal.set_wakeup_fd(previous)
+            reading.close()
+            writing.close()
+            return
+        self._wakeup = reading, writing
+        self._control.loop.watch(reading.fileno(), READ, self._signalled)
+
+    def _signalled(self) -> None:
+        """In the control thread: a signal has come."""
+        assert self._wakeup
+        if any(number in self._previous_handlers for number in self._wakeup[0].recv(4096)):
+            self.stop()
+        for listener in self._listeners:
+            listener.changes.tell()  # whoever waits there looks again, and meanwhile Python runs the other handlers
 
     def _restore_signals(self) -> None:
+        if self._wakeup:
+            signal.set_wakeup_fd(-1)
+            for end in self._wakeup:
+                end.close()
+            self._wakeup = None
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers.clear()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if os.getpid() == self._pid and self._control and self._control.running:
-            self.stop()
+            if not self._wakeup:
+                self.stop()
         else:  # a forked child inherits the handler, but is not the service; nor is anybody without a control thread
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
