@@ -100,7 +100,7 @@ def has_descriptors(pid: int, count: int) -> bool:
     return descriptors(pid) == count
 
 
-IDLE = 11  # descriptors: 0, 1, 2, listener, control socket, directory, three eventfds, a socket pair for signals
+IDLE = 10  # descriptors: 0, 1, 2, listener, control socket, directory, two eventfds, a socket pair for signals
 
 
 @attrs.frozen

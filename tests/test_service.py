@@ -397,7 +397,6 @@ def test_hook_of_no_step(programs: Programs) -> None:
     assert "ValueError: 'coffee' is not a valid Step" in programs.shown()
 
 
-@pytest.mark.xfail(reason="runtime.connections.Connections opens its eventfd when it is made, and nobody closes it")
 def test_service_that_is_never_entered(programs: Programs) -> None:
     """Describing a service does nothing yet: no descriptor is open, and no directory is made."""
     script = Script(

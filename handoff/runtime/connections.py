@@ -75,12 +75,20 @@ class Connections:
     """
 
     def __init__(self) -> None:
-        self.draining = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._draining: int | None = None  # -1 once it is closed
         self.idle_until: float | None = None  # time.monotonic() until which idle ones are kept; None: not draining
         self.fewer = Watchers()  # told when one was closed
         self._open: dict[int, weakref.ref[Connection]] = {}
         self._detached: dict[tuple[int, int], int] = {}  # (device, inode) -> descriptor, of somebody else by now
         self._lock = threading.RLock()  # a finaliser may run at any moment, within another call too
+
+    @property
+    def draining(self) -> int:
+        """The eventfd, made when it is first asked for; -1 after `close`."""
+        with self._lock:
+            if self._draining is None:
+                self._draining = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            return self._draining
 
     def add(self, accepted: socket.socket) -> Connection:
         """Make a connection of an accepted socket, which is taken."""
@@ -129,9 +137,10 @@ class Connections:
 
     def close(self) -> None:
         """Close the eventfd. Harmless twice."""
-        if self.draining >= 0:
-            os.close(self.draining)
-            self.draining = -1
+        with self._lock:
+            if self._draining is not None and self._draining >= 0:
+                os.close(self._draining)
+            self._draining = -1
 
     def _gone(self, key: int) -> None:
         with self._lock:
