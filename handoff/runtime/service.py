@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from handoff.linux.inotify import Inotify
 
 _LOOK: Final = 0.1  # seconds between two looks for connections whose end nobody tells, while draining
+_PAUSED_INTERVAL: Final = 0.0005  # seconds; CPython's own is 0.005
 _log = logging.getLogger(__name__)
 _services: weakref.WeakSet[Service] = weakref.WeakSet()
 
@@ -98,6 +100,7 @@ class Service:
         self._ready = False
         self._drain: Drain | None = None
         self._paths: Inotify | None = None  # owned
+        self._switch_interval: float | None = None  # the application's own, while it is another
         self._wakeup: tuple[socket.socket, socket.socket] | None = None  # the control thread's end, Python's end
         self._previous_handlers: dict[int, Any] = {}
         self._pid = 0
@@ -252,11 +255,13 @@ class Service:
 
     def accept(self) -> None:
         """Open every listener's gate."""
+        self._hurry(False)
         for listener in self._listeners:
             listener.turn(Gate.OPEN)
 
     def pause(self, except_for: Collection[str]) -> None:
         """Shut the gates of those that the new generation has."""
+        self._hurry(True)
         for listener in self._listeners:
             if listener.address not in except_for:
                 listener.turn(Gate.SHUT)
@@ -278,6 +283,7 @@ class Service:
 
     def drain(self, drain: Drain, *, gone: Collection[str]) -> None:
         """Close the listeners, wake who waits for a request, and look until nothing is open."""
+        self._hurry(False)
         if self._paths and self._control:
             self._control.loop.forget(self._paths.descriptor)
         for listener in self._listeners:
@@ -345,6 +351,15 @@ class Service:
             _log.warning("%s: the paths of its sockets can't be watched: %s", self.name, error)
             return
         self._control.loop.watch(self._paths.descriptor, READ, self.mend)
+
+    def _hurry(self, on: bool) -> None:
+        """While paused, have busy threads give up the interpreter sooner: taking back takes three turns of it."""
+        if on and self._switch_interval is None:
+            self._switch_interval = sys.getswitchinterval()
+            sys.setswitchinterval(_PAUSED_INTERVAL)
+        elif not on and self._switch_interval is not None:
+            sys.setswitchinterval(self._switch_interval)
+            self._switch_interval = None
 
     def _still_there(self) -> None:
         _log.error(
